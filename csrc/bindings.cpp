@@ -1,0 +1,109 @@
+// The module _C: op structs with their pointers as integers, and the dispatch table. It knows neither torch nor kernels;
+// pyengine/ops.py checks shapes and dtypes before it fills a struct.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/threads.h"
+#include "dispatch.h"
+
+namespace py = pybind11;
+using namespace pe;
+
+namespace {
+
+// A pointer member as a Python integer.
+template <class Class, class Struct, class T>
+void pointer(Class& c, const char* name, T* Struct::* member) {
+  c.def_property(
+      name, [member](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*member); },
+      [member](Struct& s, uintptr_t p) { s.*member = reinterpret_cast<T*>(p); });
+}
+
+// The class of an op and the functions over its table.
+template <class Op>
+py::class_<Op> bind(py::module_& m, const char* name) {
+  py::class_<Op> c(m, name);
+  c.def(py::init<>());
+  c.def(
+      "run",
+      [](const Op& op, uintptr_t stream, const std::string& kernel) {
+        py::gil_scoped_release release;
+        run(op, reinterpret_cast<void*>(stream), kernel);
+      },
+      py::arg("stream") = 0, py::arg("kernel") = "");
+  c.def(
+      "choose", [](const Op& op, const std::string& kernel) { return choose(op, kernel).name; }, py::arg("kernel") = "");
+  c.def_static("kernels", [] {
+    py::list rows;
+    for (const auto& k : kernels<Op>()) {
+      const char* why = missing(k.arch);
+      rows.append(py::dict(py::arg("name") = k.name, py::arg("device") = k.device == Device::cpu ? "cpu" : "cuda", py::arg("rank") = k.rank,
+                           py::arg("layout") = int(k.layout), py::arg("missing") = why ? py::object(py::str(why)) : py::none()));
+    }
+    return rows;
+  });
+  return c;
+}
+
+void bind_qlinear(py::module_& m) {
+  auto c = bind<QLinear>(m, "QLinear");
+  c.def_readwrite("m", &QLinear::m).def_readwrite("n", &QLinear::n).def_readwrite("k", &QLinear::k).def_readwrite("group", &QLinear::group);
+  c.def_readwrite("bits", &QLinear::bits).def_readwrite("act_bits", &QLinear::act_bits).def_readwrite("scale_f32", &QLinear::scale_f32);
+  c.def_readwrite("x_stride", &QLinear::x_stride).def_readwrite("y_stride", &QLinear::y_stride);
+  c.def_property("layout", [](const QLinear& q) { return int(q.layout); }, [](QLinear& q, int v) { q.layout = Layout(v); });
+  pointer(c, "x", &QLinear::x), pointer(c, "y", &QLinear::y), pointer(c, "residual", &QLinear::residual), pointer(c, "bias", &QLinear::bias);
+  pointer(c, "weight", &QLinear::weight), pointer(c, "scale", &QLinear::scale), pointer(c, "zero", &QLinear::zero);
+  pointer(c, "outlier_row", &QLinear::outlier_row), pointer(c, "outlier_col", &QLinear::outlier_col);
+  pointer(c, "outlier_value", &QLinear::outlier_value), pointer(c, "workspace", &QLinear::workspace);
+  c.def("workspace_bytes", [](const QLinear& q) { return workspace_bytes(q); });
+  c.def("target_layout", [](const QLinear& q, const std::string& kernel) { return int(choose(q, kernel).layout); }, py::arg("kernel") = "");
+  c.def("packed_bytes", [](const QLinear& q, int layout) {
+    const PackedBytes b = packed_bytes(q, Layout(layout));
+    return py::make_tuple(b.weight, b.scale, b.zero);
+  });
+  c.def("pack", [](const QLinear& q, int layout, uintptr_t weight, uintptr_t scale, uintptr_t zero) {
+    py::gil_scoped_release release;
+    pack(q, Layout(layout), reinterpret_cast<uint8_t*>(weight), reinterpret_cast<void*>(scale), reinterpret_cast<uint8_t*>(zero));
+  });
+  c.def("unpack", [](const QLinear& q, uintptr_t weight, uintptr_t scale, uintptr_t zero) {
+    py::gil_scoped_release release;
+    unpack(q, reinterpret_cast<uint8_t*>(weight), reinterpret_cast<void*>(scale), reinterpret_cast<uint8_t*>(zero));
+  });
+}
+
+void bind_elementwise(py::module_& m) {
+  auto norm = bind<RmsNorm>(m, "RmsNorm");
+  norm.def_readwrite("m", &RmsNorm::m).def_readwrite("n", &RmsNorm::n).def_readwrite("eps", &RmsNorm::eps);
+  pointer(norm, "x", &RmsNorm::x), pointer(norm, "weight", &RmsNorm::weight), pointer(norm, "y", &RmsNorm::y);
+  auto silu = bind<SiluMul>(m, "SiluMul");
+  silu.def_readwrite("m", &SiluMul::m).def_readwrite("n", &SiluMul::n);
+  pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y);
+}
+
+void bind_attention(py::module_& m) {
+  py::class_<KVCache> cache(m, "KVCache");
+  cache.def(py::init<>()).def_readwrite("slot_stride", &KVCache::slot_stride).def_readwrite("head_stride", &KVCache::head_stride);
+  pointer(cache, "k", &KVCache::k), pointer(cache, "v", &KVCache::v);
+  auto rope = bind<RopeKV>(m, "RopeKV");
+  rope.def_readwrite("m", &RopeKV::m).def_readwrite("heads", &RopeKV::heads).def_readwrite("kv_heads", &RopeKV::kv_heads);
+  rope.def_readwrite("head_dim", &RopeKV::head_dim).def_readwrite("qkv_stride", &RopeKV::qkv_stride).def_readwrite("cache", &RopeKV::cache);
+  pointer(rope, "qkv", &RopeKV::qkv), pointer(rope, "cos", &RopeKV::cos), pointer(rope, "sin", &RopeKV::sin);
+  pointer(rope, "slot", &RopeKV::slot), pointer(rope, "position", &RopeKV::position);
+  auto attention = bind<Attention>(m, "Attention");
+  attention.def_readwrite("m", &Attention::m).def_readwrite("heads", &Attention::heads).def_readwrite("kv_heads", &Attention::kv_heads);
+  attention.def_readwrite("head_dim", &Attention::head_dim).def_readwrite("q_stride", &Attention::q_stride);
+  attention.def_readwrite("y_stride", &Attention::y_stride).def_readwrite("scale", &Attention::scale).def_readwrite("cache", &Attention::cache);
+  pointer(attention, "q", &Attention::q), pointer(attention, "y", &Attention::y);
+  pointer(attention, "slot", &Attention::slot), pointer(attention, "position", &Attention::position);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  bind_qlinear(m);
+  bind_elementwise(m);
+  bind_attention(m);
+  m.def("threads", &threads);
+  m.def("set_threads", &set_threads);
+  m.attr("cuda_built") = PE_CUDA_BUILT != 0;
+}

@@ -1,0 +1,176 @@
+// Attention of rows (slot, position) over the f16 KV cache, with online softmax. A task is one KV head and up to kRows rows; the query
+// heads that share the KV head are handled together, so the cache is read once for all of them.
+//
+// Many queries (prefill): a lane is a query. q is transposed once; then every key costs head_dim multiply-adds with a broadcast element
+// of k, and scores, maxima, sums and outputs are vectors over the queries: nothing is ever summed across lanes.
+// Few queries (decode): a lane is an element of the head, and scores are summed across lanes; the other way would leave lanes empty.
+#pragma once
+
+#include "cpu/elementwise.h"
+#include "cpu/threads.h"
+#include "ops.h"
+
+namespace pe {
+namespace {
+
+constexpr int64_t kRows = 32;     // rows of a task: a few tasks for each thread from 64 tokens on
+constexpr int64_t kHeadDim = 256; // the largest head_dim
+constexpr int64_t kKeys = 32;     // keys between two rescalings of the sums
+constexpr float kNever = -1e30f;  // a score that no key has; finite, so that differences stay numbers
+
+template <class V>
+struct AttentionTask {
+  using F = typename V::F;
+  static constexpr int64_t lanes = V::lanes;
+
+  const Attention& op;
+  int64_t head, first, rows;   // KV head; rows first … first + rows, all of one slot with ascending positions
+  int64_t share, queries;      // query heads of a KV head; share · rows
+
+  const uint16_t* keys() const { return op.cache.k + op.slot[first] * op.cache.slot_stride + head * op.cache.head_stride; }
+  const uint16_t* values() const { return op.cache.v + op.slot[first] * op.cache.slot_stride + head * op.cache.head_stride; }
+  int64_t row_of(int64_t query) const { return first + query / share; }
+  const float* q_of(int64_t query) const { return op.q + row_of(query) * op.q_stride + (head * share + query % share) * op.head_dim; }
+  float* y_of(int64_t query) const { return op.y + row_of(query) * op.y_stride + (head * share + query % share) * op.head_dim; }
+
+  static void widen(const uint16_t* from, float* to, int64_t count) {
+    int64_t c = 0;
+    for (; c + lanes <= count; c += lanes) V::store(to + c, V::load_half(from + c));
+    for (; c < count; ++c) to[c] = V::half(from[c]);
+  }
+
+  // ---- a lane is a query: `lanes` queries from `start` on
+
+  void many(int64_t start) const {
+    const int64_t d = op.head_dim, count = queries - start < lanes ? queries - start : lanes;
+    alignas(64) float q[kHeadDim * lanes], out[kHeadDim * lanes], position[lanes], element[kHeadDim], score[kKeys * lanes];
+    for (int64_t j = 0; j < lanes; ++j) {
+      const int64_t query = start + (j < count ? j : count - 1);
+      position[j] = float(op.position[row_of(query)]);
+      for (int64_t c = 0; c < d; ++c) q[c * lanes + j] = q_of(query)[c] * op.scale, out[c * lanes + j] = 0.0f;
+    }
+    const F limit = V::load(position);
+    F top = V::set(kNever), sum = V::zero();
+    const int64_t length = op.position[row_of(start + count - 1)] + 1;
+    for (int64_t begin = 0; begin < length; begin += kKeys) {
+      const int64_t end = begin + kKeys < length ? begin + kKeys : length;
+      F highest = top;
+      for (int64_t t = begin; t < end; ++t) {
+        widen(keys() + t * d, element, d);
+        F s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // four chains hide the latency of the sum
+        int64_t c = 0;
+        for (; c + 4 <= d; c += 4)
+          for (int j = 0; j < 4; ++j) s[j] = V::fma(V::load(q + (c + j) * lanes), V::set(element[c + j]), s[j]);
+        for (; c < d; ++c) s[0] = V::fma(V::load(q + c * lanes), V::set(element[c]), s[0]);
+        const F v = V::where_reaches(limit, V::set(float(t)), V::add(V::add(s[0], s[1]), V::add(s[2], s[3])), V::set(kNever));
+        V::store(score + (t - begin) * lanes, v);
+        highest = V::max(highest, v);
+      }
+      const F shrink = exp<V>(V::sub(top, highest));
+      top = highest, sum = V::mul(sum, shrink);
+      for (int64_t t = begin; t < end; ++t) {
+        // A masked score stays far below any maximum, but exp() clamps at e^-87: set its weight to zero outright.
+        const F p = V::where_reaches(limit, V::set(float(t)), exp<V>(V::sub(V::load(score + (t - begin) * lanes), top)), V::zero());
+        V::store(score + (t - begin) * lanes, p);
+        sum = V::add(sum, p);
+      }
+      accumulate(begin, end, shrink, score, out);
+    }
+    const F inverse = V::div(V::set(1.0f), sum);
+    for (int64_t c = 0; c < d; ++c) V::store(out + c * lanes, V::mul(V::load(out + c * lanes), inverse));
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t c = 0; c < d; ++c) y_of(start + j)[c] = out[c * lanes + j];
+  }
+
+  // out = out · shrink + Σ score · value over keys begin … end, four keys for each pass over out.
+  void accumulate(int64_t begin, int64_t end, F shrink, const float* score, float* out) const {
+    const int64_t d = op.head_dim;
+    alignas(64) float value[4][kHeadDim];
+    for (int64_t c = 0; c < d; ++c) V::store(out + c * lanes, V::mul(V::load(out + c * lanes), shrink));
+    for (int64_t t = begin; t < end; t += 4) {
+      F p[4];
+      for (int64_t j = 0; j < 4; ++j) {
+        const bool real = t + j < end;
+        p[j] = real ? V::load(score + (t + j - begin) * lanes) : V::zero();
+        widen(values() + (real ? t + j : t) * d, value[j], d);
+      }
+      for (int64_t c = 0; c < d; ++c) {
+        F v = V::load(out + c * lanes);
+        for (int j = 0; j < 4; ++j) v = V::fma(p[j], V::set(value[j][c]), v);
+        V::store(out + c * lanes, v);
+      }
+    }
+  }
+
+  // ---- a lane is an element of the head: one query
+
+  void one(int64_t query) const {
+    const int64_t d = op.head_dim, length = op.position[row_of(query)] + 1;
+    alignas(64) float q[kHeadDim], out[kHeadDim], element[kHeadDim], score[kKeys + lanes];
+    for (int64_t c = 0; c < kHeadDim; ++c) q[c] = c < d ? q_of(query)[c] * op.scale : 0.0f, out[c] = 0.0f, element[c] = 0.0f;
+    const int64_t full = (d + lanes - 1) / lanes * lanes;
+    float top = kNever, sum = 0;
+    for (int64_t begin = 0; begin < length; begin += kKeys) {
+      const int64_t end = begin + kKeys < length ? begin + kKeys : length;
+      float highest = top;
+      for (int64_t t = begin; t < end; ++t) {
+        F s = V::zero();
+        if (d == full) {
+          for (int64_t c = 0; c < d; c += lanes) s = V::fma(V::load(q + c), V::load_half(keys() + t * d + c), s);
+        } else {
+          widen(keys() + t * d, element, d);
+          for (int64_t c = 0; c < full; c += lanes) s = V::fma(V::load(q + c), V::load(element + c), s);
+        }
+        score[t - begin] = V::sum(s);
+        highest = score[t - begin] > highest ? score[t - begin] : highest;
+      }
+      V::store(element, exp<V>(V::set(top - highest)));
+      const float shrink = element[0];
+      top = highest, sum *= shrink;
+      for (int64_t t = end - begin; t < kKeys; ++t) score[t] = kNever;
+      for (int64_t t = 0; t < end - begin; t += lanes) V::store(score + t, exp<V>(V::sub(V::load(score + t), V::set(top))));
+      for (int64_t t = 0; t < end - begin; ++t) sum += score[t];
+      for (int64_t c = 0; c < full; c += lanes) V::store(out + c, V::mul(V::load(out + c), V::set(shrink)));
+      for (int64_t t = begin; t < end; ++t) add_value(values() + t * d, score[t - begin], out, element);
+    }
+    for (int64_t c = 0; c < d; ++c) y_of(query)[c] = out[c] / sum;
+  }
+
+  void add_value(const uint16_t* value, float p, float* out, float* element) const {
+    const int64_t d = op.head_dim;
+    if (d % lanes == 0) {
+      for (int64_t c = 0; c < d; c += lanes) V::store(out + c, V::fma(V::set(p), V::load_half(value + c), V::load(out + c)));
+      return;
+    }
+    widen(value, element, d);
+    for (int64_t c = 0; c < d; ++c) out[c] += p * element[c];
+  }
+
+  void run() const {
+    if (queries >= lanes / 2)
+      for (int64_t start = 0; start < queries; start += lanes) many(start);
+    else
+      for (int64_t query = 0; query < queries; ++query) one(query);
+  }
+};
+
+inline const char* attention_refuses(const Attention& op) {
+  return op.head_dim > kHeadDim ? "head_dim is above 256" : nullptr;
+}
+
+template <class V>
+void attention(const Attention& op, void*) {
+  const int64_t blocks = (op.m + kRows - 1) / kRows, share = op.heads / op.kv_heads;
+  parallel_for(blocks * op.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t last = (task / op.kv_heads + 1) * kRows < op.m ? (task / op.kv_heads + 1) * kRows : op.m;
+      for (int64_t i = task / op.kv_heads * kRows, stop; i < last; i = stop) {
+        for (stop = i + 1; stop < last && op.slot[stop] == op.slot[i] && op.position[stop] >= op.position[stop - 1];) ++stop;
+        AttentionTask<V>{op, task % op.kv_heads, i, stop - i, share, (stop - i) * share}.run();
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace pe

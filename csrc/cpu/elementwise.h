@@ -1,0 +1,107 @@
+// The small ops of a block: RMSNorm, SiLU·mul, RoPE with the write to the KV cache. Each reads its row once or twice from L1.
+#pragma once
+
+#include "cpu/threads.h"
+#include "ops.h"
+
+namespace pe {
+namespace {
+
+// e^v to 2 units in the last place for v in −87…88, and clamped there: 2^n · e^r with r = v − n·ln 2, |r| ≤ ln 2 / 2; the polynomial is
+// the Taylor series, whose first term left out is r^8/8! < 6e-9.
+template <class V>
+typename V::F exp(typename V::F v) {
+  using F = typename V::F;
+  v = V::min(V::max(v, V::set(-87.0f)), V::set(88.0f));
+  const F n = V::round(V::mul(v, V::set(1.44269504f)));
+  // ln 2 in two parts: the first has few bits, so n times it is exact.
+  F r = V::fma(n, V::set(-0.693359375f), v);
+  r = V::fma(n, V::set(2.12194440e-4f), r);
+  F p = V::set(1.0f / 5040);
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = V::fma(p, r, V::set(c));
+  return V::mul(p, V::exp2i(n));
+}
+
+template <class V>
+void rmsnorm(const RmsNorm& op, void*) {
+  parallel_for(op.m, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* x = op.x + i * op.n;
+      float* y = op.y + i * op.n;
+      typename V::F sum = V::zero();
+      for (int64_t c = 0; c < op.n; c += V::lanes) {
+        const auto v = V::load(x + c, int(op.n - c < V::lanes ? op.n - c : V::lanes));
+        sum = V::fma(v, v, sum);
+      }
+      const auto factor = V::set(1.0f / __builtin_sqrtf(V::sum(sum) / float(op.n) + op.eps));
+      for (int64_t c = 0; c < op.n; c += V::lanes) {
+        const int count = int(op.n - c < V::lanes ? op.n - c : V::lanes);
+        V::store(y + c, V::mul(V::mul(V::load(x + c, count), factor), V::load(op.weight + c, count)), count);
+      }
+    }
+  });
+}
+
+template <class V>
+void silu_mul(const SiluMul& op, void*) {
+  parallel_for(op.m, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t c = 0; c < op.n; c += V::lanes) {
+        const int count = int(op.n - c < V::lanes ? op.n - c : V::lanes);
+        const auto gate = V::load(op.x + i * 2 * op.n + c, count), up = V::load(op.x + i * 2 * op.n + op.n + c, count);
+        const auto sigmoid = V::div(V::set(1.0f), V::add(V::set(1.0f), exp<V>(V::sub(V::zero(), gate))));
+        V::store(op.y + i * op.n + c, V::mul(V::mul(gate, sigmoid), up), count);
+      }
+  });
+}
+
+template <class V>
+struct RopeRow {
+  const RopeKV& op;
+  int64_t i;
+
+  // Turns one head of d values: to f32 in place, or to f16 in the cache.
+  void turn(const float* head, float* to, uint16_t* to_half) const {
+    const int64_t half = op.head_dim / 2;
+    const float* cos = op.cos + int64_t(op.position[i]) * half;
+    const float* sin = op.sin + int64_t(op.position[i]) * half;
+    int64_t c = 0;
+    for (; c + V::lanes <= half; c += V::lanes) {
+      const auto a = V::load(head + c), b = V::load(head + half + c), co = V::load(cos + c), si = V::load(sin + c);
+      const auto first = V::sub(V::mul(a, co), V::mul(b, si)), second = V::add(V::mul(b, co), V::mul(a, si));
+      if (to) V::store(to + c, first), V::store(to + half + c, second);
+      else V::store_half(to_half + c, first), V::store_half(to_half + half + c, second);
+    }
+    for (; c < half; ++c) {
+      const float a = head[c], b = head[half + c];
+      const float first = a * cos[c] - b * sin[c], second = b * cos[c] + a * sin[c];
+      if (to) to[c] = first, to[half + c] = second;
+      else to_half[c] = V::half(first), to_half[half + c] = V::half(second);
+    }
+  }
+
+  void run() const {
+    const int64_t d = op.head_dim;
+    float* row = op.qkv + i * op.qkv_stride;
+    for (int64_t h = 0; h < op.heads; ++h) turn(row + h * d, row + h * d, nullptr);
+    const int64_t base = op.slot[i] * op.cache.slot_stride + op.position[i] * d;
+    for (int64_t h = 0; h < op.kv_heads; ++h) {
+      turn(row + (op.heads + h) * d, nullptr, op.cache.k + base + h * op.cache.head_stride);
+      const float* v = row + (op.heads + op.kv_heads + h) * d;
+      uint16_t* to = op.cache.v + base + h * op.cache.head_stride;
+      int64_t c = 0;
+      for (; c + V::lanes <= d; c += V::lanes) V::store_half(to + c, V::load(v + c));
+      for (; c < d; ++c) to[c] = V::half(v[c]);
+    }
+  }
+};
+
+template <class V>
+void rope_kv(const RopeKV& op, void*) {
+  parallel_for(op.m, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) RopeRow<V>{op, i}.run();
+  });
+}
+
+}  // namespace
+}  // namespace pe

@@ -1,0 +1,102 @@
+// Eight lanes of AVX2 with FMA and F16C: the vocabulary that the kernels of csrc/cpu are written in.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "dispatch.h"
+
+namespace pe {
+
+struct Avx2 {
+  static constexpr int lanes = 8;
+  static constexpr Arch arch = Arch::avx2;
+  static constexpr Layout layout = Layout::tile8;
+  // Tokens and tiles that a matrix kernel holds in 16 registers at once: a token's sum and its running total are two of them.
+  static constexpr int tokens = 4, tiles = 2;
+
+  using F = __m256;
+  using I = __m256i;
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set(float v) { return _mm256_set1_ps(v); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static I first(int count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+  static F load(const float* p, int count) { return _mm256_maskload_ps(p, first(count)); }
+  static void store(float* p, F v, int count) { _mm256_maskstore_ps(p, first(count), v); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static float sum(F v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static float largest(F v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+  }
+  // a where limit ≥ value, else b.
+  static F where_reaches(F limit, F value, F a, F b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(limit, value, _CMP_GE_OQ)); }
+
+  static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store_half(uint16_t* p, F v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0)); }
+  static float half(uint16_t h) { return _cvtsh_ss(h); }
+  static uint16_t half(float f) { return _cvtss_sh(f, 0); }
+
+  // 2^round(v) for the exponential; v within the exponents of f32.
+  static F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F exp2i(F v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127)), 23)); }
+
+  static I zero_int() { return _mm256_setzero_si256(); }
+  static I set_int(int32_t v) { return _mm256_set1_epi32(v); }
+  static I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static I load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+  static I sub_int(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I mul_int(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static I to_int(F v) { return _mm256_cvtps_epi32(v); }
+  // The low byte of every lane.
+  static void store_bytes(int8_t* p, I v) {
+    const I packed = _mm256_shuffle_epi8(v, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1,
+                                                             -1, -1, -1, -1, -1, -1, -1, -1, -1));
+    const I both = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 1, 1, 1, 1, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(both));
+  }
+
+  // Code i of every lane's word, as float.
+  template <int bits, int i>
+  static F code(I word) {
+    constexpr int shift = bits == 8 ? 8 * i : (i % 4) * 8 + (i / 4) * 4;
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(word, shift), _mm256_set1_epi32((1 << bits) - 1)));
+  }
+
+  // sum + Σ code·x over a word's inputs; x holds them as i8, four to an int32. There is no u8·i8 dot product that cannot saturate
+  // before VNNI, so codes go through vpmaddubsw as nibbles: 2 · 15 · 127 fits int16.
+  template <int bits>
+  static I dot(I sum, I word, const int8_t* x) {
+    const I low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const I even = _mm256_and_si256(word, low), odd = _mm256_and_si256(_mm256_srli_epi16(word, 4), low);
+    const I a = _mm256_maddubs_epi16(even, broadcast4(x));
+    if constexpr (bits == 4) {
+      const I b = _mm256_maddubs_epi16(odd, broadcast4(x + 4));
+      return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
+    } else {
+      const I b = _mm256_maddubs_epi16(odd, broadcast4(x));
+      return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, _mm256_set1_epi16(16))));
+    }
+  }
+
+ private:
+  static I broadcast4(const int8_t* x) { return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x))); }
+};
+
+}  // namespace pe

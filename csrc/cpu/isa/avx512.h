@@ -1,0 +1,92 @@
+// Sixteen lanes of AVX-512 with VNNI: the vocabulary that the kernels of csrc/cpu are written in.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "dispatch.h"
+
+namespace pe {
+
+struct Avx512 {
+  static constexpr int lanes = 16;
+  static constexpr Arch arch = Arch::avx512;
+  static constexpr Layout layout = Layout::tile16;
+  // Tokens and tiles that a matrix kernel holds in 32 registers at once: a token's sum and its running total are two of them.
+  static constexpr int tokens = 8, tiles = 4;
+
+  using F = __m512;
+  using I = __m512i;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float v) { return _mm512_set1_ps(v); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static __mmask16 first(int count) { return __mmask16((1u << count) - 1); }
+  static F load(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
+  static void store(float* p, F v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static float sum(F v) { return _mm512_reduce_add_ps(v); }
+  static float largest(F v) { return _mm512_reduce_max_ps(v); }
+  // a where limit ≥ value, else b.
+  static F where_reaches(F limit, F value, F a, F b) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(limit, value, _CMP_GE_OQ), b, a); }
+
+  static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store_half(uint16_t* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0)); }
+  static float half(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
+  static uint16_t half(float f) { return uint16_t(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(f), 0))); }
+
+  // 2^round(v) for the exponential; v within the exponents of f32.
+  static F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F exp2i(F v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127)), 23)); }
+
+  static I zero_int() { return _mm512_setzero_si512(); }
+  static I set_int(int32_t v) { return _mm512_set1_epi32(v); }
+  static I load_int(const void* p) { return _mm512_loadu_si512(p); }
+  static I load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I mul_int(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static I to_int(F v) { return _mm512_cvtps_epi32(v); }
+  // The low byte of every lane.
+  static void store_bytes(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+
+  // Code i of every lane's word, as float. A permute of a table looks at the low four bits of an index alone, which saves the mask.
+  template <int bits, int i>
+  static F code(I word) {
+    constexpr int shift = bits == 8 ? 8 * i : (i % 4) * 8 + (i / 4) * 4;
+    const I moved = shift ? _mm512_srli_epi32(word, shift) : word;
+    if constexpr (bits == 4) {
+      const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      return _mm512_permutexvar_ps(moved, table);
+    } else {
+      return _mm512_cvtepi32_ps(_mm512_and_si512(moved, _mm512_set1_epi32(255)));
+    }
+  }
+
+  // sum + Σ code·x over a word's inputs; x holds them as i8, four to an int32.
+  template <int bits>
+  static I dot(I sum, I word, const int8_t* x) {
+    if constexpr (bits == 8) return _mm512_dpbusd_epi32(sum, word, broadcast4(x));
+    const I low = _mm512_set1_epi8(15);
+    sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(word, low), broadcast4(x));
+    return _mm512_dpbusd_epi32(sum, _mm512_and_si512(_mm512_srli_epi16(word, 4), low), broadcast4(x + 4));
+  }
+
+ private:
+  static I broadcast4(const int8_t* x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+  }
+};
+
+}  // namespace pe

@@ -1,0 +1,82 @@
+// An op's kernels are the rows of a table. A kernel file ends with one static Row; choose() takes the highest rank that accepts.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace pe {
+
+enum class Device : int { cpu, cuda };
+
+// What a row needs from the processor it runs on.
+enum class Arch : int { any, avx2, avx512 };
+
+// Null if this machine has what `arch` needs, else what is missing.
+const char* missing(Arch arch);
+
+// Ranks: 0 reference, 1 general, 2 specialised, 3 architecture-specific.
+template <class Op>
+struct Kernel {
+  const char* name;
+  Device device;
+  Arch arch;
+  int rank;
+  Layout layout;                      // of the weights it reads; canonical where the op has none
+  const char* (*refuses)(const Op&);  // returns null, or why this problem is not for it; null: takes all
+  void (*run)(const Op&, void* stream);
+};
+
+template <class Op>
+std::vector<Kernel<Op>>& kernels();
+
+// Adds a kernel to its op's table. Its body is in dispatch.cpp: inlined here it would also be compiled with the instructions of an
+// AVX-512 file, and the linker might keep that copy for every machine.
+template <class Op>
+struct Row {
+  explicit Row(Kernel<Op> kernel);
+};
+
+// Why `kernel` cannot run `op` here; empty if it can. A packed weight fits the kernels of its layout alone,
+// a canonical one may still be packed, so it refuses nobody until run().
+template <class Op>
+std::string refusal(const Kernel<Op>& kernel, const Op& op) {
+  if (const char* why = missing(kernel.arch)) return why;
+  if constexpr (requires { op.layout; }) {
+    if (op.layout != Layout::canonical && op.layout != kernel.layout) return "weights are packed for another kernel";
+  }
+  if (const char* why = kernel.refuses ? kernel.refuses(op) : nullptr) return why;
+  return {};
+}
+
+// The row that would run `op`, or the one called `name`. Throws std::runtime_error that lists every candidate with its reason.
+template <class Op>
+const Kernel<Op>& choose(const Op& op, const std::string& name = {}) {
+  const Kernel<Op>* best = nullptr;
+  std::string reasons;
+  for (const auto& kernel : kernels<Op>()) {
+    if (!name.empty() && name != kernel.name) continue;
+    std::string why = refusal(kernel, op);
+    if (!why.empty()) {
+      reasons += std::string(reasons.empty() ? "" : "; ") + kernel.name + ": " + why;
+    } else if (!best || kernel.rank > best->rank) {
+      best = &kernel;
+    }
+  }
+  if (best) return *best;
+  if (reasons.empty()) throw std::runtime_error("no kernel is called '" + name + "'");
+  throw std::runtime_error("no kernel can run this: " + reasons);
+}
+
+template <class Op>
+void run(const Op& op, void* stream = nullptr, const std::string& name = {}) {
+  const Kernel<Op>& kernel = choose(op, name);
+  if constexpr (requires { op.layout; }) {
+    if (op.layout != kernel.layout) throw std::runtime_error(std::string(kernel.name) + ": weights must be packed for it first");
+  }
+  kernel.run(op, stream);
+}
+
+}  // namespace pe

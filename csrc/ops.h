@@ -1,0 +1,112 @@
+// The C++ API: one plain struct an op. Pointers are the caller's; an op never allocates, prints or exits.
+// On the CPU activations are f32 and a stream is null. Strides count elements between rows. m = tokens, n = outputs, k = inputs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pe {
+
+// How the codes of a quantized weight lie in memory. Files hold `canonical` alone; pack.cpp makes the others at load.
+//   canonical  weight[n, ceil(k*bits/8)] row-major, even column in the low nibble; scale, zero [n, k/group]
+//   tileR      R = 8 or 16 rows side by side, one 32-bit word a row: weight[n/R][k/s][R][4] with s = 32/bits inputs a word.
+//              4 bits: byte b holds input b (low nibble) and input 4+b (high nibble) of the word's eight. 8 bits: byte b is
+//              input b of four. scale, zero [n/R][k/group][R]. n is padded to R with scale 0, k to 8 with code 0.
+enum class Layout : int { canonical = 0, tile8 = 8, tile16 = 16 };
+
+// y[m,n] = x[m,k] · w[n,k]ᵀ (+ bias) (+ residual),  w = scale · (code − zero), outlier values in their places.
+// act_bits 16: x is used as it is. act_bits 8: each token is quantized to codes in −127…127 with scale max|x|/127, the products
+// with the weight's codes are summed exactly in int32 over a group; outliers multiply the unquantized x.
+// Bound: ‖y − oracle‖ ≤ 1e-5 ‖oracle‖ per token for f32 sums (either act_bits, given the same activation codes).
+// Sums do not depend on m or on the number of threads: a token's result has the same bits in any batch.
+struct QLinear {
+  int64_t m = 0, n = 0, k = 0;
+  int64_t group = 0;               // inputs that share a scale: 32, 64, 128 or k
+  int bits = 4;                    // 4 or 8: bits that a code occupies
+  int act_bits = 16;               // 16 or 8
+  Layout layout = Layout::canonical;
+  bool scale_f32 = false;          // scale is f32, else f16
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  float* y = nullptr;
+  int64_t y_stride = 0;
+  const float* residual = nullptr; // nullable; laid out as y, may be y
+  const float* bias = nullptr;     // nullable f32[n]
+  const uint8_t* weight = nullptr;
+  const void* scale = nullptr;
+  const uint8_t* zero = nullptr;   // nullable: then 2^(bits−1)
+  // CSR, nullable together; columns are u16, or i32 if k > 65536. The dense code at an outlier is its zero code, so adding is replacing.
+  const int32_t* outlier_row = nullptr;    // [n+1]
+  const void* outlier_col = nullptr;       // [nnz]
+  const uint16_t* outlier_value = nullptr; // f16[nnz]
+  void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned
+};
+
+// y[m,n] = x[m,n] / sqrt(mean(x²) + eps) · weight[n].  Bound: 1e-6 relative.
+struct RmsNorm {
+  int64_t m = 0, n = 0;
+  const float* x = nullptr;
+  const float* weight = nullptr;
+  float* y = nullptr;
+  float eps = 0;
+};
+
+// y[m,n] = silu(x[m, 0:n]) · x[m, n:2n]; x holds gate and up side by side.  Bound: 1e-6 relative.
+struct SiluMul {
+  int64_t m = 0, n = 0;
+  const float* x = nullptr;
+  float* y = nullptr;
+};
+
+// The keys and values of one layer: f16[slot][head][length][head_dim], true GQA (never repeated heads).
+struct KVCache {
+  uint16_t* k = nullptr;
+  uint16_t* v = nullptr;
+  int64_t slot_stride = 0;         // elements from one slot to the next
+  int64_t head_stride = 0;         // elements from one head to the next: length · head_dim
+};
+
+// Rotates q in place and k on its way to the cache, and writes v beside it, for rows (slot, position).
+// qkv[m, (heads + 2·kv_heads)·head_dim]; pairs are (i, i + head_dim/2); cos, sin f32[≥ max position + 1, head_dim/2].
+struct RopeKV {
+  int64_t m = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  float* qkv = nullptr;
+  int64_t qkv_stride = 0;
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  const int32_t* slot = nullptr;      // [m]
+  const int32_t* position = nullptr;  // [m]
+  KVCache cache;
+};
+
+// y[m, heads·head_dim] = softmax(q·kᵀ·scale)·v: row i sees positions 0…position[i] of slot[i]. One op for prefill, decode and a mix;
+// prefill is quick where neighbouring rows share a slot. head_dim ≤ 256.  Bound: 1e-5 relative.
+struct Attention {
+  int64_t m = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  const float* q = nullptr;
+  int64_t q_stride = 0;
+  float* y = nullptr;
+  int64_t y_stride = 0;
+  float scale = 0;
+  const int32_t* slot = nullptr;
+  const int32_t* position = nullptr;
+  KVCache cache;
+};
+
+// Tokens that a kernel takes at a time; it bounds the workspace whatever m is.
+constexpr int64_t kChunk = 256;
+
+// Bytes of workspace that any kernel may ask for.
+size_t workspace_bytes(const QLinear& op);
+
+// Bytes of the packed weight, scale and zero of `op` in a tile layout.
+struct PackedBytes {
+  size_t weight, scale, zero;
+};
+PackedBytes packed_bytes(const QLinear& op, Layout layout);
+
+// Packs the canonical weight, scale and zero of `op` into `layout`; unpack is the exact inverse. zero may be null in both.
+void pack(const QLinear& op, Layout layout, uint8_t* weight, void* scale, uint8_t* zero);
+void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero);
+
+}  // namespace pe

@@ -1,0 +1,91 @@
+// Canonical ↔ tiled weights (ops.h, Layout), and the workspace that kernels share.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/threads.h"
+#include "ops.h"
+
+namespace pe {
+namespace {
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Where input c of row r lies in a tiled weight: the byte, and the shift of its nibble.
+struct Place {
+  size_t byte;
+  int shift;
+};
+
+Place place(const QLinear& op, int64_t rows, int64_t r, int64_t c) {
+  const int64_t inputs = 32 / op.bits, words = round_up(op.k, 8) / inputs;
+  const int64_t word = ((r / rows) * words + c / inputs) * rows + r % rows;
+  return {size_t(word * 4 + c % 4), op.bits == 4 && c % 8 >= 4 ? 4 : 0};
+}
+
+uint8_t code(const QLinear& op, int64_t r, int64_t c) {
+  if (op.bits == 8) return op.weight[r * op.k + c];
+  return (op.weight[r * ((op.k + 1) / 2) + c / 2] >> (c % 2 * 4)) & 15;
+}
+
+template <class T>
+void tile(const QLinear& op, int64_t rows, const T* from, T* to, bool inverse) {
+  const int64_t groups = op.k / op.group;
+  for (int64_t r = 0; r < op.n; ++r)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t tiled = ((r / rows) * groups + g) * rows + r % rows, plain = r * groups + g;
+      inverse ? to[plain] = from[tiled] : to[tiled] = from[plain];
+    }
+}
+
+void tile_all(const QLinear& op, int64_t rows, void* scale, uint8_t* zero, bool inverse) {
+  if (op.scale_f32)
+    tile(op, rows, static_cast<const uint32_t*>(op.scale), static_cast<uint32_t*>(scale), inverse);
+  else
+    tile(op, rows, static_cast<const uint16_t*>(op.scale), static_cast<uint16_t*>(scale), inverse);
+  if (op.zero) tile(op, rows, op.zero, zero, inverse);
+}
+
+}  // namespace
+
+PackedBytes packed_bytes(const QLinear& op, Layout layout) {
+  const int64_t n = round_up(op.n, int64_t(layout)), groups = op.k / op.group;
+  return {size_t(n * round_up(op.k, 8) * op.bits / 8), size_t(n * groups * (op.scale_f32 ? 4 : 2)), op.zero ? size_t(n * groups) : 0};
+}
+
+void pack(const QLinear& op, Layout layout, uint8_t* weight, void* scale, uint8_t* zero) {
+  const int64_t rows = int64_t(layout);
+  const PackedBytes bytes = packed_bytes(op, layout);
+  std::memset(weight, 0, bytes.weight);
+  std::memset(scale, 0, bytes.scale);
+  if (op.zero) std::memset(zero, 0, bytes.zero);
+  parallel_for(round_up(op.n, rows) / rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin * rows; r < std::min(end * rows, op.n); ++r)
+      for (int64_t c = 0; c < op.k; ++c) {
+        const Place p = place(op, rows, r, c);
+        weight[p.byte] |= uint8_t(code(op, r, c) << p.shift);
+      }
+  });
+  tile_all(op, rows, scale, zero, false);
+}
+
+void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
+  const int64_t rows = int64_t(op.layout), width = op.bits == 8 ? op.k : (op.k + 1) / 2;
+  std::memset(weight, 0, size_t(op.n * width));
+  for (int64_t r = 0; r < op.n; ++r)
+    for (int64_t c = 0; c < op.k; ++c) {
+      const Place p = place(op, rows, r, c);
+      if (op.bits == 8)
+        weight[r * width + c] = op.weight[p.byte];
+      else
+        weight[r * width + c / 2] |= uint8_t(((op.weight[p.byte] >> p.shift) & 15) << (c % 2 * 4));
+    }
+  tile_all(op, rows, scale, zero, true);
+}
+
+// Per token of a chunk: x as f32 and as i8, each padded to 8 inputs, the sums of a group, a scale, and x transposed in blocks of 16.
+size_t workspace_bytes(const QLinear& op) {
+  const size_t m = size_t(round_up(std::min(op.m, kChunk), 16)), k = size_t(round_up(op.k, 8)), groups = size_t(op.k / op.group);
+  return m * (k * 4 + k + groups * 4 + 4 + k * 4) + 5 * 64;
+}
+
+}  // namespace pe
