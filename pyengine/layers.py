@@ -1,0 +1,74 @@
+"""Layers that models are put together from, each quantized or float, all with one calling form: `layer(x, residual=None, out=None)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import Linear, stack
+from .qtensor import QTensor
+
+
+class Dense(nn.Module):
+    """y = x·wᵀ + bias with a float32 w[n, k], for models that are not quantized. torch's matrix product runs it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.nbytes = weight.numel() * 4
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if residual is not None:
+            y += residual
+        return y if out is None else out.copy_(y)
+
+
+class SideBySide(nn.Module):
+    """Several linears over the same input whose formats differ; their outputs stand side by side."""
+
+    def __init__(self, parts: Sequence[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.out_features, self.in_features = sum(p.out_features for p in parts), parts[0].in_features
+        self.nbytes = sum(p.nbytes for p in parts)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        y = x.new_empty(x.shape[0], self.out_features) if out is None else out
+        at = 0
+        for part in self.parts:
+            columns = slice(at, at + part.out_features)
+            part(x, None if residual is None else residual[:, columns], y[:, columns])
+            at = columns.stop
+        return y
+
+
+def linear(weights: Sequence[QTensor | tuple[Tensor, Tensor | None]], act_bits: int = 16, kernel: str = "") -> nn.Module:
+    """One layer for the weights of a site: quantized ones as QTensor, float ones as (w, bias); joined where their formats agree."""
+    if all(isinstance(w, QTensor) for w in weights):
+        joined = weights[0] if len(weights) == 1 else stack(weights)
+        if joined is not None:
+            return Linear(joined, act_bits, kernel)
+    elif not any(isinstance(w, QTensor) for w in weights):
+        biases = [b for _, b in weights]
+        return Dense(torch.cat([w for w, _ in weights]), None if biases[0] is None else torch.cat(biases))
+    return SideBySide([Linear(w, act_bits, kernel) if isinstance(w, QTensor) else Dense(*w) for w in weights])
+
+
+class Embedding(nn.Module):
+    """Rows of a float w[vocab, hidden] or of a quantized one, which a tied head shares."""
+
+    def __init__(self, weight: Tensor | QTensor):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, token: Tensor) -> Tensor:
+        """token i64[m] → f32[m, hidden]."""
+        if isinstance(self.weight, QTensor):
+            return self.weight.dequantize(token)
+        return self.weight[token].float()

@@ -1,0 +1,146 @@
+"""`Linear`: a quantized drop-in for torch.nn.Linear, its weights packed for the kernel that will run.
+
+`Linear.from_float` quantizes one by rounding to nearest, `replace_linears` does so for a whole module; the methods that need data are
+in `pyengine.quantize`. Forward runs our kernels and has no backward pass.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import _C, ops
+from .qtensor import QTensor
+
+_workspace = torch.empty(0, dtype=torch.uint8)  # shared by all layers: ops run one after another
+
+
+def _workspace_pointer(size: int) -> int:
+    global _workspace
+    if _workspace.numel() < size + 64:
+        _workspace = torch.empty(size + 64, dtype=torch.uint8)
+    return (_workspace.data_ptr() + 63) // 64 * 64
+
+
+class Linear(nn.Module):
+    """y = x·wᵀ + bias with a quantized w of n outputs and k inputs.
+
+    act_bits 16 uses x as it is, 8 quantizes every token to INT8 on the fly. `kernel` forces a row of the dispatch table by name and
+    raises RuntimeError if it refuses; `kernel_name()` says which row runs.
+    """
+
+    def __init__(self, weight: QTensor, act_bits: int = 16, kernel: str = ""):
+        super().__init__()
+        if act_bits not in (8, 16):
+            raise ValueError(f"Linear: act_bits is {act_bits}, expected 8 or 16")
+        weight.check()
+        self.in_features, self.out_features = weight.k, weight.n
+        self.bits, self.group, self.outliers, self.nbytes = weight.container, weight.group, weight.outliers, weight.nbytes
+        self.kernel = kernel
+        self._op = op = _C.QLinear()
+        op.n, op.k, op.group, op.bits, op.act_bits = weight.n, weight.k, weight.group, weight.container, act_bits
+        op.scale_f32 = weight.scale.dtype == torch.float32
+        self._keep(weight)
+        layout = op.target_layout(kernel)
+        if layout:
+            packed = ops.pack(op, layout)
+            for name, t in zip(("weight", "scale", "zero"), packed):
+                self.register_buffer(f"_{name}", t, persistent=False)
+
+    def _keep(self, w: QTensor) -> None:
+        """Hold the canonical tensors as buffers and point the op at them."""
+        bias = None if w.bias is None else w.bias.float()
+        col = None if not w.outliers else w.outlier_col.to(torch.uint16 if w.k <= 65536 else torch.int32).contiguous()
+        row, value = (w.outlier_row, w.outlier_value) if w.outliers else (None, None)
+        tensors = {"weight": w.weight, "scale": w.scale, "zero": w.zero, "bias": bias}
+        tensors |= {"outlier_row": row, "outlier_col": col, "outlier_value": value}
+        for name, t in tensors.items():
+            t = None if t is None else t.contiguous()
+            self.register_buffer(f"_{name}", t, persistent=False)
+            setattr(self._op, name, 0 if t is None else t.data_ptr())
+
+    def kernel_name(self) -> str:
+        """The row of the dispatch table that forward runs."""
+        return self._op.choose(self.kernel)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x [..., k] → [..., n], in x's dtype. `residual` f32[m, n] is added; `out` f32[m, n], which may be the residual, takes the result."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"Linear: x has {x.shape[-1]} features, expected {self.in_features}")
+        rows = x.reshape(-1, self.in_features).float()
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        m = rows.shape[0]
+        y = rows.new_empty(m, self.out_features) if out is None else ops.check(out, "Linear: out", torch.float32, (m, self.out_features))
+        if residual is not None and (ops.check(residual, "Linear: residual", torch.float32, y.shape).stride(0) != y.stride(0)):
+            raise ValueError("Linear: residual and out must have the same row stride")
+        op = self._op
+        op.m, op.x, op.x_stride = m, rows.data_ptr(), rows.stride(0)
+        op.y, op.y_stride = y.data_ptr(), y.stride(0)
+        op.residual = 0 if residual is None else residual.data_ptr()
+        op.workspace = _workspace_pointer(op.workspace_bytes())
+        if m:
+            op.run(kernel=self.kernel)
+        return y if out is not None else y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, group={self.group}, "
+            f"outliers={self.outliers}, act_bits={self._op.act_bits}, kernel={self.kernel_name()}"
+        )
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, bits: int = 4, group_size: int = 128, outliers: float = 0.01, symmetric: bool = True, act_bits: int = 16
+    ) -> Linear:
+        """Quantize a float linear without data: round to nearest, with the `outliers` share of largest weights kept in FP16."""
+        from .quant import common
+
+        return cls(common.quantize_linear(linear.weight.detach(), linear.bias, bits, group_size, symmetric, outliers), act_bits)
+
+
+def stack(parts: Sequence[QTensor]) -> QTensor | None:
+    """Several weights over the same input as one of all their outputs; None where their formats differ."""
+    first = parts[0]
+    alike = all(
+        (p.k, p.group, p.container, p.scale.dtype, p.zero is None, p.bias is None)
+        == (first.k, first.group, first.container, first.scale.dtype, first.zero is None, first.bias is None)
+        for p in parts
+    )
+    if not alike:
+        return None
+    joined = {key: torch.cat([getattr(p, key) for p in parts]) for key in ("weight", "scale", "zero", "bias") if getattr(first, key) is not None}
+    if any(p.outliers for p in parts):
+        joined |= _stack_outliers(parts)
+    return QTensor(k=first.k, name=first.name, **joined)
+
+
+def _stack_outliers(parts: Sequence[QTensor]) -> dict[str, Tensor]:
+    rows, cols, values, before = [torch.zeros(1, dtype=torch.int32)], [], [], 0
+    for p in parts:
+        counts = p.outlier_row[1:] if p.outliers else torch.zeros(p.n, dtype=torch.int32)
+        rows.append(counts + before)
+        if p.outliers:
+            cols.append(p.outlier_col.to(torch.int32))
+            values.append(p.outlier_value)
+        before += p.outliers
+    return {"outlier_row": torch.cat(rows), "outlier_col": torch.cat(cols), "outlier_value": torch.cat(values)}
+
+
+def replace_linears(module: nn.Module, include: str = "*", exclude: Sequence[str] = ("*lm_head*",), **spec) -> list[str]:
+    """Replace every nn.Linear of `module` whose dotted name matches `include` and none of `exclude` by `Linear.from_float(…, **spec)`.
+
+    Returns the names that were replaced.
+    """
+    names = [
+        name
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear and fnmatch.fnmatch(name, include) and not any(fnmatch.fnmatch(name, p) for p in exclude)
+    ]
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, Linear.from_float(module.get_submodule(name), **spec))
+    return names

@@ -1,0 +1,85 @@
+"""From a checkpoint on disk to a model that runs: reads weights block by block, quantized or float, and packs them for this machine."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import demo, models, ops
+from .errors import CheckpointError
+from .formats import Checkpoint, open_checkpoint
+from .generate import Engine
+from .layers import Embedding, linear
+from .qtensor import QTensor
+from .tokenizer import load_tokenizer
+
+
+def load(model: str | Path | None = None, device: str = "auto", *, threads: int | None = None, kernel: str = "", progress: bool = False) -> Engine:
+    """Load a model for generation.
+
+    model: a Hugging Face directory, a GGUF file or a PyEngine checkpoint; None is the demo model, quantized at first use.
+    device: "auto" or "cpu". threads: of our kernels and torch; None keeps the current number. kernel: forces a row of the dispatch table
+    for all quantized linears. Raises CheckpointError for a damaged or unsupported checkpoint, ValueError for wrong arguments.
+    """
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device is {device!r}; this build has kernels for 'cpu' ('auto' picks it)")
+    if threads is not None:
+        ops.set_threads(threads)
+    checkpoint = open_checkpoint(model if model is not None else demo.quantized())
+    return Engine(build(checkpoint, kernel, progress), load_tokenizer(checkpoint), checkpoint)
+
+
+def architecture(config: dict) -> ModuleType:
+    """The module of pyengine/models for a config.json; raises CheckpointError naming those that exist."""
+    kind = config.get("model_type")
+    known = sorted(m.name for m in pkgutil.iter_modules(models.__path__))
+    if kind not in known:
+        raise CheckpointError(f"config.json: model_type {kind!r} is not supported; supported: {', '.join(known)}")
+    return importlib.import_module(f"{models.__name__}.{kind}")
+
+
+def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> torch.nn.Module:
+    """The model of a checkpoint, its weights packed. `kernel` as in `load`."""
+    arch = architecture(checkpoint.config)
+    c = arch.Config.from_dict(checkpoint.config)
+    act_bits = _quantization(checkpoint.config).get("act_bits", 16)
+    if act_bits not in (8, 16):
+        raise CheckpointError(f"config.json: act_bits is {act_bits!r}, these kernels take 8 or 16")
+    blocks = []
+    for i in tqdm(range(c.num_hidden_layers), desc="load", unit="block", disable=not progress, leave=False, delay=2):
+        prefix = f"model.layers.{i}"
+        norms = [checkpoint.float(f"{prefix}.{name}.weight", (c.hidden_size,)).contiguous() for name in arch.NORMS]
+        linears = [
+            linear([weight(checkpoint, f"{prefix}.{name}", *c.linear_shape(name), c.has_bias(name)) for name in site], act_bits, kernel)
+            for site in arch.SITES.values()
+        ]
+        blocks.append(arch.Block(c, norms, linears))
+    table = weight(checkpoint, "model.embed_tokens", c.vocab_size, c.hidden_size)
+    head = table if c.tie_word_embeddings else weight(checkpoint, "lm_head", c.vocab_size, c.hidden_size)
+    embedding = Embedding(table if isinstance(table, QTensor) else table[0])
+    norm = checkpoint.float("model.norm.weight", (c.hidden_size,)).contiguous()
+    return arch.Model(c, embedding, blocks, norm, linear([head], 16, kernel))
+
+
+def weight(checkpoint: Checkpoint, name: str, n: int, k: int, bias: bool = False) -> QTensor | tuple[Tensor, Tensor | None]:
+    """The n × k weight of a module: a QTensor if the checkpoint holds a scale for it, else (w f32[n, k], bias)."""
+    if f"{name}.scale" in checkpoint.shapes:
+        return QTensor.read(name, n, k, checkpoint.get)
+    return checkpoint.float(f"{name}.weight", (n, k)).contiguous(), checkpoint.float(f"{name}.bias", (n,)) if bias else None
+
+
+def _quantization(config: dict) -> dict:
+    """The quantization_config of a config.json, {} for a float model; refuses methods of others."""
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"config.json: quantization_config is {type(quantization).__name__}, expected an object")
+    if quantization and quantization.get("quant_method") != "pyengine":
+        method = quantization.get("quant_method")
+        raise CheckpointError(f"config.json: the checkpoint is quantized by {method!r}, which is not supported; give the float model instead")
+    return quantization

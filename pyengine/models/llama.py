@@ -1,0 +1,216 @@
+"""Llama: Llama 2 and 3, SmolLM2, TinyLlama and all that share `model_type: llama`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..cache import Batch, KVCache
+from ..errors import CheckpointError
+from ..layers import Embedding
+
+# The linears of a block in the order they run, by the input they share: quantizers treat a site's members alike.
+SITES = {
+    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_in": ("self_attn.o_proj",),
+    "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_in": ("mlp.down_proj",),
+}
+LINEARS = tuple(name for site in SITES.values() for name in site)
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass
+class Config:
+    """The keys of config.json that the model reads, with the defaults of Llama 2."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+
+    @classmethod
+    def from_dict(cls, config: dict) -> Config:
+        """Read a config.json; raises CheckpointError naming the key that is absent or makes no sense."""
+        rope = config.get("rope_parameters") or {}  # transformers 5 moved the rope keys in here
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in config.items() if k in known and v is not None}
+        if "rope_theta" in rope:
+            values.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            values.setdefault("rope_scaling", rope)
+        try:
+            c = cls(**values)
+            c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
+            c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+            return c._check()
+        except TypeError as e:
+            raise CheckpointError(f"config.json: {str(e).replace('Config.__init__() ', '')}") from e
+
+    def _check(self) -> Config:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 24):
+                raise CheckpointError(f"config.json: {f.name} is {value!r}, expected a positive integer")
+            if f.type == "float" and not (isinstance(value, (int, float)) and 0 < value < 1e12):
+                raise CheckpointError(f"config.json: {f.name} is {value!r}, expected a positive number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(f"config.json: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key heads")
+        if self.head_dim % 2:
+            raise CheckpointError(f"config.json: head_dim is {self.head_dim}, RoPE needs an even number")
+        if self.hidden_act not in ("silu", "swish"):
+            raise CheckpointError(f"config.json: hidden_act {self.hidden_act!r} is not supported (silu is)")
+        rope_frequencies(self)
+        return self
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """(outputs, inputs) of one of LINEARS."""
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        h, i = self.hidden_size, self.intermediate_size
+        return {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q),
+                "gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}[name.rsplit(".", 1)[-1]]  # fmt: skip
+
+    def has_bias(self, name: str) -> bool:
+        return self.attention_bias if name.startswith("self_attn") else self.mlp_bias
+
+
+def rope_frequencies(c: Config) -> Tensor:
+    """f64[head_dim/2]: radians a position turns each pair by. Scaling: "linear", or "llama3" as in Llama 3.1's release."""
+    freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    scaling = c.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    try:
+        if kind == "default":
+            return freq
+        if kind == "linear":
+            return freq / float(scaling["factor"])
+        if kind == "llama3":
+            factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+            turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+            blend = ((turns - low) / (high - low)).clamp(0, 1)
+            return freq * (blend + (1 - blend) / factor)
+    except (KeyError, TypeError, ZeroDivisionError) as e:
+        raise CheckpointError(f"config.json: rope_scaling {scaling} lacks or breaks {e}") from e
+    raise CheckpointError(f"config.json: rope scaling {kind!r} is not supported (default, linear and llama3 are)")
+
+
+def rope_table(c: Config, length: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each f32[length, head_dim/2]."""
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), rope_frequencies(c))
+    return angle.cos().float(), angle.sin().float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in Hugging Face's half-split order: x[..., t, d] with cos, sin [t, d/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def block_forward(w: dict[str, Tensor], x: Tensor, c: Config, cos: Tensor, sin: Tensor, hook=None) -> Tensor:
+    """One block in plain, differentiable torch over whole sequences: x[b, t, hidden] → the same shape.
+
+    Calibration and tests use it; generation runs `Block`. `w` holds `<linear>.weight`, `<linear>.bias` and `<norm>.weight`;
+    cos, sin are f32[t, head_dim/2]. `hook(site, input)` sees the input of each site of SITES.
+    """
+    b, t, _ = x.shape
+
+    def linear(name: str, v: Tensor) -> Tensor:
+        return F.linear(v, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def heads(v: Tensor) -> Tensor:
+        return v.view(b, t, -1, c.head_dim).transpose(1, 2)
+
+    see = hook or (lambda site, value: None)
+    h = rms_norm(x, w["input_layernorm.weight"], c.rms_norm_eps)
+    see("attn_in", h)
+    q, k, v = (heads(linear(name, h)) for name in SITES["attn_in"])
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    a = a.transpose(1, 2).reshape(b, t, -1)
+    see("o_in", a)
+    x = x + linear("self_attn.o_proj", a)
+    h = rms_norm(x, w["post_attention_layernorm.weight"], c.rms_norm_eps)
+    see("mlp_in", h)
+    g = F.silu(linear("mlp.gate_proj", h)) * linear("mlp.up_proj", h)
+    see("down_in", g)
+    return x + linear("mlp.down_proj", g)
+
+
+class Block(nn.Module):
+    """One block on our kernels, over the rows of a Batch. Linears that share an input are one."""
+
+    def __init__(self, c: Config, norms: list[Tensor], linears: list[nn.Module]):
+        super().__init__()
+        self.config = c
+        self.attention_norm, self.mlp_norm = norms
+        self.qkv, self.o, self.gate_up, self.down = linears
+
+    def forward(self, x: Tensor, batch: Batch, kv: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], scratch: list[Tensor]) -> None:
+        """Updates x f32[m, hidden] in place. `scratch` holds f32 rows of the widths that `Model.widths` lists."""
+        c = self.config
+        h, qkv, a, gate_up, g = scratch
+        ops.rms_norm(x, self.attention_norm, c.rms_norm_eps, out=h)
+        self.qkv(h, out=qkv)
+        ops.rope_kv(qkv, *rope, *kv, batch.slot, batch.position, c.num_attention_heads)
+        q = qkv[:, : c.num_attention_heads * c.head_dim]
+        ops.attention(q, *kv, batch.slot, batch.position, c.head_dim**-0.5, out=a)
+        self.o(a, residual=x, out=x)
+        ops.rms_norm(x, self.mlp_norm, c.rms_norm_eps, out=h)
+        self.gate_up(h, out=gate_up)
+        ops.silu_mul(gate_up, out=g)
+        self.down(g, residual=x, out=x)
+
+
+class Model(nn.Module):
+    """The decoder: rows of tokens in, logits out. One forward serves prefill, decode and a mix of both."""
+
+    def __init__(self, c: Config, embedding: Embedding, blocks: list[Block], norm: Tensor, head: nn.Module):
+        super().__init__()
+        self.config, self.embedding, self.norm, self.head = c, embedding, norm, head
+        self.blocks = nn.ModuleList(blocks)
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.widths = (c.hidden_size, q + 2 * kv, q, 2 * c.intermediate_size, c.intermediate_size)
+        self._scratch: list[Tensor] = []
+        self._rope = rope_table(c, 1)
+
+    def cache(self, slots: int, length: int) -> KVCache:
+        c = self.config
+        return KVCache(c.num_hidden_layers, slots, c.num_key_value_heads, length, c.head_dim)
+
+    def _rows(self, m: int) -> list[Tensor]:
+        if not self._scratch or self._scratch[0].shape[0] < m:
+            self._scratch = [torch.empty(m, width) for width in self.widths]
+        return [s[:m] for s in self._scratch]
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Logits f32[wanted rows, vocab]; writes the rows' keys and values to the cache."""
+        if self._rope[0].shape[0] < cache.length:
+            self._rope = rope_table(self.config, cache.length)
+        x = self.embedding(batch.token)
+        scratch = self._rows(x.shape[0])
+        for i, block in enumerate(self.blocks):
+            block(x, batch, cache.layer(i), self._rope, scratch)
+        if batch.wanted is not None:
+            x = x[batch.wanted]
+        return self.head(ops.rms_norm(x, self.norm, self.config.rms_norm_eps))

@@ -1,0 +1,136 @@
+"""The border to the native kernels: tensors are checked here, once, and go on as pointers.
+
+Every function takes `kernel=` to force a row of the dispatch table by name; without it the best one for this machine runs.
+CPU activations are float32.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, float32, int32, uint8
+import torch
+
+from . import _C
+
+KV_DTYPE = torch.float16
+
+
+def kernels() -> dict[str, list[dict]]:
+    """The dispatch table: op → rows with name, device, rank, layout and what this machine is missing for them (None if nothing)."""
+    return {op.__name__: op.kernels() for op in (_C.QLinear, _C.RmsNorm, _C.SiluMul, _C.RopeKV, _C.Attention)}
+
+
+def threads() -> int:
+    return _C.threads()
+
+
+def set_threads(count: int) -> None:
+    """Threads for our kernels and for torch alike."""
+    if count < 1:
+        raise ValueError(f"threads is {count}, expected at least 1")
+    _C.set_threads(count)
+    torch.set_num_threads(count)
+
+
+def check(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Refuse a tensor that a kernel would misread. Only the last dimension must be contiguous."""
+    if t.dtype != dtype or tuple(t.shape) != shape:
+        raise ValueError(f"{name} is {str(t.dtype)[6:]}{list(t.shape)}, expected {str(dtype)[6:]}{list(shape)}")
+    if t.device.type != "cpu":
+        raise ValueError(f"{name} is on {t.device}; these kernels run on the CPU")
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise ValueError(f"{name} has stride {t.stride(-1)} in its last dimension, expected 1")
+    return t
+
+
+def _contiguous(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not check(t, name, dtype, shape).is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    return t
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, kernel: str = "") -> Tensor:
+    """x f32[m, n], weight f32[n] → f32[m, n]."""
+    m, n = x.shape
+    out = torch.empty_like(x) if out is None else out
+    op = _C.RmsNorm()
+    op.m, op.n, op.eps = m, n, eps
+    op.x = _contiguous(x, "rms_norm: x", float32, (m, n)).data_ptr()
+    op.weight = _contiguous(weight, "rms_norm: weight", float32, (n,)).data_ptr()
+    op.y = _contiguous(out, "rms_norm: out", float32, (m, n)).data_ptr()
+    op.run(kernel=kernel)
+    return out
+
+
+def silu_mul(x: Tensor, out: Tensor | None = None, kernel: str = "") -> Tensor:
+    """x f32[m, 2n], gate beside up → f32[m, n]."""
+    m, n = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(m, n) if out is None else out
+    op = _C.SiluMul()
+    op.m, op.n = m, n
+    op.x = _contiguous(x, "silu_mul: x", float32, (m, 2 * n)).data_ptr()
+    op.y = _contiguous(out, "silu_mul: out", float32, (m, n)).data_ptr()
+    op.run(kernel=kernel)
+    return out
+
+
+def _cache(k: Tensor, v: Tensor) -> _C.KVCache:
+    """k, v f16[slots, kv_heads, length, head_dim] of one layer."""
+    cache = _C.KVCache()
+    cache.k, cache.v = k.data_ptr(), v.data_ptr()
+    cache.slot_stride, cache.head_stride = k.stride(0), k.stride(1)
+    return cache
+
+
+def _check_rows(name: str, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, m: int) -> None:
+    slots, kv_heads, length, head_dim = k.shape
+    for label, t in (("k cache", k), ("v cache", v)):
+        check(t, f"{name}: {label}", KV_DTYPE, (slots, kv_heads, length, head_dim))
+        if t.stride(2) != head_dim or t.stride() != k.stride():
+            raise ValueError(f"{name}: {label} must have contiguous heads, laid out as the other one")
+    _contiguous(slot, f"{name}: slot", int32, (m,))
+    _contiguous(position, f"{name}: position", int32, (m,))
+
+
+def rope_kv(qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, heads: int, kernel: str = "") -> None:
+    """Turn q of qkv f32[m, (heads + 2·kv_heads)·head_dim] in place; write turned k and v to the cache (see `_cache`) at (slot, position) i32[m].
+
+    cos, sin f32[length, head_dim/2]. The caller keeps slots and positions within the cache (`Batch` checks them).
+    """
+    m, kv_heads, head_dim = qkv.shape[0], k.shape[1], k.shape[3]
+    _check_rows("rope_kv", k, v, slot, position, m)
+    op = _C.RopeKV()
+    op.m, op.heads, op.kv_heads, op.head_dim = m, heads, kv_heads, head_dim
+    op.qkv = check(qkv, "rope_kv: qkv", float32, (m, (heads + 2 * kv_heads) * head_dim)).data_ptr()
+    op.qkv_stride = qkv.stride(0)
+    op.cos = _contiguous(cos, "rope_kv: cos", float32, (cos.shape[0], head_dim // 2)).data_ptr()
+    op.sin = _contiguous(sin, "rope_kv: sin", float32, (cos.shape[0], head_dim // 2)).data_ptr()
+    op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache(k, v)
+    op.run(kernel=kernel)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, scale: float, out: Tensor | None = None, kernel: str = "") -> Tensor:
+    """q f32[m, heads·head_dim] over the cache: row i sees positions 0…position[i] of slot[i] → f32[m, heads·head_dim]."""
+    m, kv_heads, head_dim = q.shape[0], k.shape[1], k.shape[3]
+    heads = q.shape[1] // head_dim
+    if heads % kv_heads or heads * head_dim != q.shape[1]:
+        raise ValueError(f"attention: q has {q.shape[1]} features, expected a multiple of {kv_heads} heads of {head_dim}")
+    _check_rows("attention", k, v, slot, position, m)
+    out = q.new_empty(m, heads * head_dim) if out is None else out
+    op = _C.Attention()
+    op.m, op.heads, op.kv_heads, op.head_dim, op.scale = m, heads, kv_heads, head_dim, scale
+    op.q, op.q_stride = check(q, "attention: q", float32, (m, heads * head_dim)).data_ptr(), q.stride(0)
+    op.y, op.y_stride = check(out, "attention: out", float32, (m, heads * head_dim)).data_ptr(), out.stride(0)
+    op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache(k, v)
+    op.run(kernel=kernel)
+    return out
+
+
+def pack(op: _C.QLinear, layout: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Packed (weight u8, scale u8 bytes, zero u8) of a canonical op; points the op at them and sets its layout."""
+    sizes = op.packed_bytes(layout)
+    weight, scale, zero = (torch.empty(size, dtype=uint8) for size in sizes)
+    op.pack(layout, weight.data_ptr(), scale.data_ptr(), zero.data_ptr())
+    op.weight, op.scale, op.layout = weight.data_ptr(), scale.data_ptr(), layout
+    if op.zero:
+        op.zero = zero.data_ptr()
+    return weight, scale, zero if sizes[2] else None
