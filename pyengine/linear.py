@@ -97,9 +97,12 @@ class Linear(nn.Module):
         cls, linear: nn.Linear, bits: int = 4, group_size: int = 128, outliers: float = 0.01, symmetric: bool = True, act_bits: int = 16
     ) -> Linear:
         """Quantize a float linear without data: round to nearest, with the `outliers` share of largest weights kept in FP16."""
-        from .quant import common
+        from .quant.common import Spec, quantize_matrix, top_mask
 
-        return cls(common.quantize_linear(linear.weight.detach(), linear.bias, bits, group_size, symmetric, outliers), act_bits)
+        spec = Spec(bits=bits, group_size=group_size, symmetric=symmetric, outliers=outliers).check()
+        w = linear.weight.detach().float()
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        return cls(quantize_matrix(w, spec, top_mask(w.abs(), outliers), bias), act_bits)
 
 
 def stack(parts: Sequence[QTensor]) -> QTensor | None:

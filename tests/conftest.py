@@ -1,0 +1,57 @@
+"""What several test files use: real models where they are at hand, random quantized weights, skewed outlier masks."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--native-module", help="load this file as pyengine._C (test_avx512.py runs the kernel tests on an emulated one)")
+
+
+def pytest_configure(config):
+    path = config.getoption("--native-module")
+    if path:
+        import pyengine
+
+        spec = importlib.util.spec_from_file_location("pyengine._C", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["pyengine._C"] = pyengine._C = module
+
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    if not DATA.is_dir():
+        pytest.skip("the folder with test texts and models is not beside the repository")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def stories(data) -> Path:
+    """A real 260k-parameter Llama in float32 with a SentencePiece vocabulary."""
+    return data / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    from pyengine import demo
+    from pyengine.errors import CheckpointError
+
+    try:
+        return demo.source()
+    except CheckpointError as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

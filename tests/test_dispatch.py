@@ -1,0 +1,69 @@
+"""The dispatch table itself: ranks, forced rows, reasons, and that vector code stays within its own files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from weights import random_weight
+
+from pyengine import _C, ops
+from pyengine.linear import Linear
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_op_has_an_oracle_and_no_two_rows_share_a_rank():
+    for op, rows in ops.kernels().items():
+        assert [r["name"].endswith("_reference") for r in rows if r["rank"] == 0] == [True], op
+        for (device, rank), same in groupby(sorted(rows, key=lambda r: (r["device"], r["rank"])), key=lambda r: (r["device"], r["rank"])):
+            assert len(list(same)) == 1, (op, device, rank)
+
+
+def test_the_highest_rank_that_can_run_is_chosen():
+    for op in (_C.QLinear, _C.RmsNorm, _C.SiluMul, _C.RopeKV, _C.Attention):
+        best = max((r for r in op.kernels() if r["missing"] is None), key=lambda r: r["rank"])
+        assert op().choose() == best["name"]
+    assert Linear(random_weight(8, 64, 32)).kernel_name() == max(
+        (r for r in _C.QLinear.kernels() if r["missing"] is None), key=lambda r: r["rank"]
+    )["name"]  # fmt: skip
+
+
+def test_a_kernel_that_cannot_run_says_why():
+    with pytest.raises(RuntimeError, match="no kernel is called 'gemm_magic'"):
+        Linear(random_weight(8, 64, 32), kernel="gemm_magic")
+    for row in _C.QLinear.kernels():
+        if row["missing"]:
+            with pytest.raises(RuntimeError, match=row["missing"].split(" with ")[0]):
+                Linear(random_weight(8, 64, 32), kernel=row["name"])
+    big = torch.zeros(1, 2 * 512)
+    k = torch.zeros(1, 1, 4, 512).half()
+    where = torch.zeros(1, dtype=torch.int32)
+    vector = max(_C.Attention.kernels(), key=lambda r: (r["missing"] is None, r["rank"]))
+    if vector["rank"]:
+        with pytest.raises(RuntimeError, match="head_dim is above 256"):
+            ops.attention(big, k, k, where, where, 1.0, kernel=vector["name"])
+    assert ops.attention(big, k, k, where, where, 1.0).shape == (1, 1024)  # the oracle takes it
+
+
+def test_packed_weights_run_on_their_own_kernel_only():
+    layer = Linear(random_weight(8, 64, 32))
+    if layer._op.layout == 0:
+        pytest.skip("this machine has the scalar kernel alone, which reads weights unpacked")
+    layer.kernel = "qlinear_reference"
+    with pytest.raises(RuntimeError, match="packed for another kernel"):
+        layer(torch.randn(1, 64))
+
+
+def test_vector_files_export_no_code_that_other_machines_would_run():
+    """A weak symbol of an AVX-512 file may replace the plain copy for every machine when the linker picks one."""
+    objects = list(ROOT.glob("build/**/kernels_avx*/**/rows.cpp.o"))
+    if not objects or not shutil.which("nm"):
+        pytest.skip("the build folder or nm is not here")
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        assert not [line for line in symbols.splitlines() if f" {line.split()[1]} " in (" W ", " V ", " u ")], path

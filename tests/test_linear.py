@@ -1,0 +1,97 @@
+"""`Linear` as a drop-in for torch.nn.Linear, and the layers made of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from weights import random_weight
+
+import pyengine
+from pyengine.layers import Dense, Embedding, SideBySide, linear
+from pyengine.linear import Linear, replace_linears, stack
+
+
+def test_from_float_keeps_what_the_weights_say():
+    torch_linear = nn.Linear(256, 96)
+    x = torch.randn(2, 5, 256)
+    exact = torch_linear(x)
+    errors = []
+    for bits in (2, 3, 4, 8):
+        layer = Linear.from_float(torch_linear, bits=bits, group_size=64, outliers=0.01)
+        y = layer(x)
+        assert y.shape == exact.shape and y.dtype == exact.dtype
+        errors.append(((y - exact).norm() / exact.norm()).item())
+        assert layer.outliers == int(0.01 * 96 * 256)
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.01 and errors[2] < 0.15
+    assert f"outliers={layer.outliers}" in repr(layer)
+
+
+def test_other_dtypes_come_back_as_they_went_in():
+    layer = Linear(random_weight(16, 64, 32))
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()).bfloat16())
+    assert layer(torch.randn(0, 64)).shape == (0, 16)
+    assert torch.equal(layer(x.T.contiguous().T), layer(x))
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers():
+    layer = Linear(random_weight(16, 64, 32))
+    with pytest.raises(ValueError, match="x has 63 features, expected 64"):
+        layer(torch.randn(3, 63))
+    with pytest.raises(ValueError, match=r"out is float32\[3, 15\], expected float32\[3, 16\]"):
+        layer(torch.randn(3, 64), out=torch.empty(3, 15))
+    with pytest.raises(ValueError, match="act_bits is 4"):
+        Linear(random_weight(16, 64, 32), act_bits=4)
+    with pytest.raises(ValueError, match="bits is 5"):
+        Linear.from_float(nn.Linear(64, 8), bits=5)
+
+
+def test_replace_linears_in_a_module():
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Sequential(nn.Linear(128, 64)))
+    model.add_module("lm_head", nn.Linear(64, 10))
+    x = torch.randn(7, 64)
+    before = model(x)
+    assert replace_linears(model, bits=8, group_size=32, outliers=0.0) == ["0", "2.0"]
+    assert isinstance(model[0], pyengine.Linear) and isinstance(model.lm_head, nn.Linear)
+    assert (model(x) - before).norm() / before.norm() < 0.02
+
+
+def test_replace_linears_in_a_transformers_model(stories):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    ids = torch.tensor([[1, 403, 407, 261, 378]])
+    before = model(ids).logits
+    assert len(replace_linears(model, bits=8, group_size=32)) == 5 * 7
+    after = model(ids).logits
+    assert (after - before).norm() / before.norm() < 0.05
+    assert model.generate(ids, max_new_tokens=8, do_sample=False).shape == (1, 13)
+
+
+def test_stacked_weights_give_the_same_bits():
+    parts = [random_weight(n, 96, 32, mask=mask, bias=True) for n, mask in ((33, "sparse"), (16, "none"), (7, "full_row"))]
+    whole = Linear(stack(parts).check())
+    x = torch.randn(5, 96)
+    assert torch.equal(whole(x), torch.cat([Linear(p)(x) for p in parts], 1))
+    assert whole.outliers == sum(p.outliers for p in parts)
+
+
+def test_formats_that_differ_stand_side_by_side():
+    parts = [random_weight(33, 96, 32, bits=4), random_weight(16, 96, 32, bits=8), random_weight(7, 96, 96)]
+    assert stack(parts) is None
+    layer = linear([*parts, (torch.randn(5, 96), None)])
+    assert isinstance(layer, SideBySide) and layer.out_features == 61
+    x, residual = torch.randn(4, 96), torch.randn(4, 61)
+    expected = torch.cat([Linear(p)(x) for p in parts] + [layer.parts[3](x)], 1) + residual
+    assert torch.allclose(layer(x, residual=residual), expected, atol=1e-5)
+    layer(x, residual=residual, out=residual)
+    assert torch.allclose(residual, expected, atol=1e-5)
+
+
+def test_dense_and_embedding():
+    w, b, x, residual = torch.randn(9, 8), torch.randn(9), torch.randn(3, 8), torch.randn(3, 9)
+    expected = x @ w.T + b + residual
+    assert torch.allclose(Dense(w, b)(x, residual=residual), expected, atol=1e-6)
+    q = random_weight(50, 64, 32, bits=8, mask="sparse")
+    token = torch.tensor([3, 3, 49])
+    assert torch.equal(Embedding(q)(token), q.dequantize()[token])
