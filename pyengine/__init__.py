@@ -11,10 +11,11 @@ import importlib
 
 __version__ = "0.1.0"
 
+# Modules are not called like these names: importing such a module would put it in the function's place.
 _HOME = {
     "generate": "api",
-    "load": "load",
-    "quantize": "quantize",
+    "load": "loader",
+    "quantize": "quantizer",
     "Linear": "linear",
     "replace_linears": "linear",
     "CheckpointError": "errors",

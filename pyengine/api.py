@@ -6,8 +6,8 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from .generate import Engine
-from .load import load
+from .engine import Engine
+from .loader import load
 
 _cached_load = functools.lru_cache(maxsize=1)(load)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import ops
 from .cache import Batch
-from .generate import CHUNK, Engine
+from .engine import CHUNK, Engine
 
 
 def weight_bytes(engine: Engine) -> int:

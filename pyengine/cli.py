@@ -92,7 +92,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace):
-    from .load import load
+    from .loader import load
 
     return load(args.model, threads=args.threads, progress=sys.stderr.isatty())
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .generate import Engine
+from .engine import Engine
 
 
 def read_text(path: str | Path) -> str:

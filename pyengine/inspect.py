@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from .formats import Checkpoint
-from .load import architecture
+from .loader import architecture
 
 
 def describe(checkpoint: Checkpoint) -> dict:

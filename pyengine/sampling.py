@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,9 @@ class Sampler:
         if sampling.seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed((sampling.seed + (index << 32)) % (1 << 63))
+            # The generator looks at 32 bits of its seed alone.
+            digest = hashlib.blake2b(f"{sampling.seed}/{index}".encode(), digest_size=4).digest()
+            self.generator.manual_seed(int.from_bytes(digest, "little"))
 
     def choose(self, logits: Tensor) -> int:
         """logits f32[vocab] → token."""

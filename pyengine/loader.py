@@ -14,7 +14,7 @@ from tqdm import tqdm
 from . import demo, models, ops
 from .errors import CheckpointError
 from .formats import Checkpoint, open_checkpoint
-from .generate import Engine
+from .engine import Engine
 from .layers import Embedding, linear
 from .qtensor import QTensor
 from .tokenizer import load_tokenizer
