@@ -14,7 +14,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         source = Path(__file__).resolve().parent
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / f"python{sys.version_info.major}.{sys.version_info.minor}"
+        # Not self.build_temp: an editable install makes that anew each time, and then everything is compiled again.
+        build = source / "build" / f"python{sys.version_info.major}.{sys.version_info.minor}"
         configure = [
             "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",

@@ -35,6 +35,9 @@ const char* missing(Arch arch) {
                  ? nullptr
                  : "this CPU has no AVX2 with FMA and F16C";
     case Arch::avx512:
+#if defined(PE_EMULATE_AVX512)
+      return nullptr;
+#endif
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")
                  ? nullptr
