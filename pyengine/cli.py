@@ -133,7 +133,7 @@ def generate(args: argparse.Namespace) -> int:
         "prompt_tokens": t.prompt_tokens,
         "load_s": loaded,
         "prefill_tok_s": t.prompt_tokens / t.prompt_seconds,
-        "decode_tok_s": (t.tokens - len(texts)) / t.seconds if t.steps else None,
+        "decode_tok_s": t.decoded / t.seconds if t.steps else None,
         "gb_per_s": weight_bytes(engine) / step / 1e9 if step else None,
         "bits_per_weight": linear_bits(engine.model),
         "rss_mib": peak_rss_mib(),

@@ -37,8 +37,9 @@ class Timing:
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
-    tokens: int = 0
-    steps: int = 0
+    tokens: int = 0  # all that were written
+    steps: int = 0  # decode steps, and the sequences in them together; the first token of a text needs none
+    decoded: int = 0
     seconds: float = 0.0
 
 
@@ -52,6 +53,8 @@ class _Text:
         return self._release(self.stream.push(token))
 
     def flush(self) -> str:
+        if self.stopped:
+            return ""
         text = self._release(self.stream.flush())
         if not self.stopped:
             text, self.held = text + self.held, ""
@@ -98,9 +101,12 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits f32[len(ids), vocab] of every position of one sequence."""
+        return torch.cat(list(self.logit_chunks(ids)))
+
+    def logit_chunks(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The same in pieces f32[≤ CHUNK, vocab], for sequences whose logits together would not fit the memory."""
         self._check([list(ids)], 0)
-        cache = self._cache_for(1, len(ids))
-        return torch.cat(list(self._forward_chunks(list(ids), 0, cache)))
+        yield from self._prefill(list(ids), 0, self._cache_for(1, len(ids)))
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         if max_new_tokens < 0:
@@ -123,8 +129,8 @@ class Engine:
             self._cache = self.model.cache(slots, min(self.context, (length + 255) // 256 * 256))
         return self._cache
 
-    def _forward_chunks(self, ids: list[int], slot: int, cache: KVCache, last_only: bool = False) -> Iterator[Tensor]:
-        """Prefill one slot; logits of all positions chunk by chunk, or of the last position alone."""
+    def _prefill(self, ids: list[int], slot: int, cache: KVCache, last_only: bool = False) -> Iterator[Tensor]:
+        """Logits of all positions, chunk by chunk, or of the last position alone."""
         for begin in range(0, len(ids), CHUNK):
             part = ids[begin : begin + CHUNK]
             last = begin + len(part) == len(ids)
@@ -134,44 +140,37 @@ class Engine:
                 yield logits
 
     def _run(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, done: list[Completion]) -> Iterator[tuple[int, str]]:
-        """Yields (prompt index, new text); fills in `done` but for its texts."""
+        """Decode all prompts together; yields (prompt index, new text) and fills in `done` but for its texts."""
         self._check(prompts, max_new_tokens)
         room = [min(max_new_tokens, self.context - len(ids)) for ids in prompts]
         cache = self._cache_for(len(prompts), max(len(ids) + r for ids, r in zip(prompts, room)))
         samplers = [Sampler(sampling, ids, i) for i, ids in enumerate(prompts)]
         texts = [_Text(self.tokenizer.stream(), sampling.stop) for _ in prompts]
         self.timing = timing = Timing(prompt_tokens=sum(map(len, prompts)))
+
         start = time.perf_counter()
-        logits = [next(self._forward_chunks(ids, i, cache, last_only=True)) for i, ids in enumerate(prompts)]
+        logits = torch.cat([next(self._prefill(ids, i, cache, last_only=True)) for i, ids in enumerate(prompts)])
         timing.prompt_seconds = time.perf_counter() - start
-        logits = torch.cat(logits)
-        active = list(range(len(prompts)))
+
+        active = []
         for i, ids in enumerate(prompts):
-            done[i].prompt_tokens = len(ids)
+            done[i].prompt_tokens, done[i].finish_reason = len(ids), "length"
+            if room[i]:
+                active.append(i)
         while active:
-            going = []
             for row, i in enumerate(active):
-                if len(done[i].tokens) >= room[i]:
-                    done[i].finish_reason = "length"
-                    yield i, texts[i].flush()
-                    continue
                 token = samplers[i].choose(logits[row])
                 if token in self.tokenizer.eos_ids:
                     done[i].finish_reason = "stop"
-                    yield i, texts[i].flush()
-                    continue
-                done[i].tokens.append(token)
-                timing.tokens += 1
-                yield i, texts[i].push(token)
-                if texts[i].stopped:
-                    done[i].finish_reason = "stop"
                 else:
-                    going.append(i)
-            # The last token of a text that is full needs no logits after it.
-            active = [i for i in going if len(done[i].tokens) < room[i]]
-            for i in set(going) - set(active):
-                done[i].finish_reason = "length"
-                yield i, texts[i].flush()
+                    done[i].tokens.append(token)
+                    timing.tokens += 1
+                    yield i, texts[i].push(token)
+                    if texts[i].stopped:
+                        done[i].finish_reason = "stop"
+                if done[i].finish_reason == "stop" or len(done[i].tokens) == room[i]:
+                    yield i, texts[i].flush()
+            active = [i for i in active if done[i].finish_reason != "stop" and len(done[i].tokens) < room[i]]
             if active:
                 start = time.perf_counter()
                 token = [done[i].tokens[-1] for i in active]
@@ -179,3 +178,4 @@ class Engine:
                 logits = self.model(Batch.of(token, active, position, cache), cache)
                 timing.seconds += time.perf_counter() - start
                 timing.steps += 1
+                timing.decoded += len(active)

@@ -27,8 +27,7 @@ def read_text(path: str | Path) -> str:
 def token_losses(engine: Engine, ids: list[int]) -> Tensor:
     """−log p of every token of one window after the first, f32[len(ids) − 1]."""
     target, losses, at = torch.tensor(ids[1:]), [], 0
-    engine._check([ids], 0)
-    for logits in engine._forward_chunks(ids, 0, engine._cache_for(1, len(ids))):
+    for logits in engine.logit_chunks(ids):
         part = target[at : at + logits.shape[0]]
         losses.append(F.cross_entropy(logits[: len(part)], part, reduction="none"))
         at += logits.shape[0]
