@@ -172,7 +172,7 @@ def chat(args: argparse.Namespace) -> int:
 
 def quantize(args: argparse.Namespace) -> int:
     from . import ops
-    from .quantize import quantize as run
+    from .quantizer import quantize as run
 
     if args.threads is not None:
         ops.set_threads(args.threads)

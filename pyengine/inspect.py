@@ -6,13 +6,13 @@ from collections import Counter
 
 import torch
 
+from . import models
 from .formats import Checkpoint
-from .loader import architecture
 
 
 def describe(checkpoint: Checkpoint) -> dict:
     """bits_per_weight and outlier_share count the blocks' linears, with scales, zeros and indices, from the bytes in the file."""
-    arch = architecture(checkpoint.config)
+    arch = models.find(checkpoint.config)
     c = arch.Config.from_dict(checkpoint.config)
     linears = tuple(f"model.layers.{i}.{name}." for i in range(c.num_hidden_layers) for name in arch.LINEARS)
     weights = c.num_hidden_layers * sum(n * k for n, k in map(c.linear_shape, arch.LINEARS))

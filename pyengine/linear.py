@@ -1,7 +1,7 @@
 """`Linear`: a quantized drop-in for torch.nn.Linear, its weights packed for the kernel that will run.
 
 `Linear.from_float` quantizes one by rounding to nearest, `replace_linears` does so for a whole module; the methods that need data are
-in `pyengine.quantize`. Forward runs our kernels and has no backward pass.
+in `pyengine.quantizer`. Forward runs our kernels and has no backward pass.
 """
 
 from __future__ import annotations

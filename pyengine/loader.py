@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from . import demo, models, ops
+from .engine import Engine
 from .errors import CheckpointError
 from .formats import Checkpoint, open_checkpoint
-from .engine import Engine
 from .layers import Embedding, linear
 from .qtensor import QTensor
 from .tokenizer import load_tokenizer
@@ -35,18 +32,9 @@ def load(model: str | Path | None = None, device: str = "auto", *, threads: int 
     return Engine(build(checkpoint, kernel, progress), load_tokenizer(checkpoint), checkpoint)
 
 
-def architecture(config: dict) -> ModuleType:
-    """The module of pyengine/models for a config.json; raises CheckpointError naming those that exist."""
-    kind = config.get("model_type")
-    known = sorted(m.name for m in pkgutil.iter_modules(models.__path__))
-    if kind not in known:
-        raise CheckpointError(f"config.json: model_type {kind!r} is not supported; supported: {', '.join(known)}")
-    return importlib.import_module(f"{models.__name__}.{kind}")
-
-
 def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> torch.nn.Module:
     """The model of a checkpoint, its weights packed. `kernel` as in `load`."""
-    arch = architecture(checkpoint.config)
+    arch = models.find(checkpoint.config)
     c = arch.Config.from_dict(checkpoint.config)
     act_bits = _quantization(checkpoint.config).get("act_bits", 16)
     if act_bits not in (8, 16):

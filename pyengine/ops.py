@@ -6,8 +6,8 @@ CPU activations are float32.
 
 from __future__ import annotations
 
-from torch import Tensor, float32, int32, uint8
 import torch
+from torch import Tensor, float32, int32, uint8
 
 from . import _C
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import pyengine
+from pyengine.engine import _Text
 from pyengine.evaluate import multiple_choice, perplexity, read_task, read_text
 from pyengine.formats import open_checkpoint
-from pyengine.engine import _Text
 from pyengine.loader import build, load
 from pyengine.sampling import Sampler, Sampling, filtered
 

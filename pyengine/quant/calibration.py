@@ -1,0 +1,195 @@
+"""What methods learn from: the float model read block by block, the token windows it is shown, and each block's inputs.
+
+The windows come from a text file or are written by the model itself. The inputs of every block are computed once, in
+float32, and kept in files of the work folder that are mapped rather than read: memory stays that of one block, and the
+folder holds 4 bytes x hidden size x tokens for each of them (SmolLM2-135M, 16 x 256 tokens: 290 MB).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import models
+from ..cache import Batch
+from ..checkpoint import write_file
+from ..files import cache_folder, read_text
+from ..formats import Checkpoint
+from ..loader import build
+from ..tokenizer import Tokenizer
+
+CHUNK_TOKENS = 2048  # tokens that go through a block together: its widest activation stays below 100 MiB up to 7 B parameters
+Progress = Callable[[Iterable, str], Iterable]
+
+
+def show_progress(items: Iterable, label: str) -> Iterable:
+    """`items` with a bar on stderr; one short line instead where stderr is a file or a pipe."""
+    if not sys.stderr.isatty():
+        print(label, file=sys.stderr, flush=True)
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=label, file=sys.stderr, leave=False)
+
+
+@dataclass
+class FloatModel:
+    """The source checkpoint as float32 weights, read when asked for and never all at once."""
+
+    checkpoint: Checkpoint
+    arch: ModuleType  # models/<model_type>.py
+    config: object  # its Config
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> FloatModel:
+        """Raises CheckpointError if the architecture is not one of pyengine/models."""
+        arch = models.find(checkpoint.config)
+        return cls(checkpoint, arch, arch.Config.from_dict(checkpoint.config))
+
+    @property
+    def blocks(self) -> int:
+        return self.config.num_hidden_layers
+
+    def block(self, i: int) -> dict[str, Tensor]:
+        """f32 weights and biases of block i by their name inside the block."""
+        c, get = self.config, self.checkpoint.float
+        weights = {}
+        for name in self.arch.LINEARS:
+            n, k = c.linear_shape(name)
+            weights[f"{name}.weight"] = get(f"model.layers.{i}.{name}.weight", (n, k))
+            if c.has_bias(name):
+                weights[f"{name}.bias"] = get(f"model.layers.{i}.{name}.bias", (n,))
+        for name in self.arch.NORMS:
+            weights[f"{name}.weight"] = get(f"model.layers.{i}.{name}.weight", (c.hidden_size,))
+        return weights
+
+    def embedding(self) -> Tensor:
+        """f32[vocab, hidden]"""
+        return self.checkpoint.float("model.embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size))
+
+    def head(self) -> Tensor:
+        """f32[vocab, hidden]: the output matrix, which is the embedding where the two are tied."""
+        if self.config.tie_word_embeddings:
+            return self.embedding()
+        return self.checkpoint.float("lm_head.weight", (self.config.vocab_size, self.config.hidden_size))
+
+    def final_norm(self) -> Tensor:
+        """f32[hidden]"""
+        return self.checkpoint.float("model.norm.weight", (self.config.hidden_size,))
+
+
+@dataclass
+class Batches:
+    """The calibration windows ids i64[samples, t] and, on demand, what each block of the model sees of them."""
+
+    model: FloatModel
+    ids: Tensor
+    folder: Path
+    progress: Progress = show_progress
+
+    def __post_init__(self):
+        self.cos, self.sin = self.model.arch.rope_table(self.model.config, self.ids.shape[1])
+
+    def forward(self, weights: dict[str, Tensor], x: Tensor, hook=None) -> Tensor:
+        """x[b, t, hidden] through one block."""
+        return self.model.arch.block_forward(weights, x, self.model.config, self.cos, self.sin, hook)
+
+    def inputs(self, i: int) -> Tensor:
+        """f32[samples, t, hidden]: the float model's input of block i (of the final norm for i = number of blocks), mapped from a file."""
+        have = next((j for j in range(i, -1, -1) if self._file(j).exists()), None)
+        if have is None:
+            embedding = self.model.embedding()
+            self._store(0, (embedding[ids] for ids in self.ids))
+            have = 0
+        for j in range(have, i):
+            weights, x = self.model.block(j), self._load(j)
+            per = max(1, CHUNK_TOKENS // self.ids.shape[1])
+            with torch.no_grad():
+                self._store(j + 1, (self.forward(weights, part) for part in x.split(per)))
+        return self._load(i)
+
+    def _file(self, i: int) -> Path:
+        return self.folder / f"inputs-{i:05d}.npy"
+
+    def _store(self, i: int, parts: Iterable[Tensor]) -> None:
+        header = io.BytesIO()
+        shape = (*self.ids.shape, self.model.config.hidden_size)
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        # Written, not mapped: a full disk raises OSError here and would be a SIGBUS in a mapping.
+        write_file(self._file(i), itertools.chain([header.getvalue()], (p.contiguous().numpy().data for p in parts)))
+
+    def _load(self, i: int) -> Tensor:
+        return torch.from_numpy(np.load(self._file(i), mmap_mode="c", allow_pickle=False))
+
+
+def token_hash(ids: Tensor) -> str:
+    """sha256 of the windows as little-endian int64, with their shape."""
+    data = ids.to(torch.int64).contiguous().numpy().astype("<i8", copy=False)
+    return hashlib.sha256(repr(tuple(ids.shape)).encode() + data.tobytes()).hexdigest()
+
+
+def text_windows(path: str | os.PathLike, tokenizer: Tokenizer, samples: int, seq_len: int, seed: int) -> Tensor:
+    """i64[samples, seq_len]: windows spread evenly over the text, each shifted at random (seeded) within its share of it.
+
+    Where the tokenizer starts a text with a special token, every window starts with it too: it is what the model sees
+    at position 0 in use, and that position steers attention. ValueError if the text is too short.
+    """
+    tokens = torch.tensor(tokenizer.encode(read_text(path), special=False), dtype=torch.int64)
+    if len(tokens) < samples * seq_len:
+        need = f"{samples} windows of {seq_len} need {samples * seq_len}"
+        raise ValueError(f"{path}: the calibration text has {len(tokens)} tokens, {need}; use a longer text or fewer samples")
+    share = len(tokens) // samples
+    shift = torch.randint(0, share - seq_len + 1, (samples,), generator=torch.Generator().manual_seed(seed))
+    windows = torch.stack([tokens[i * share + int(s) :][:seq_len] for i, s in enumerate(shift)])
+    start = tokenizer.encode("", special=True)
+    if start:
+        windows[:, 0] = start[0]
+    return windows
+
+
+def self_written(model: FloatModel, tokenizer: Tokenizer, samples: int, seq_len: int, seed: int, progress: Progress = show_progress) -> Tensor:
+    """i64[samples, seq_len]: what the float model writes by itself, at temperature 1, after a random first token.
+
+    All sequences are sampled together with a KV cache; the float32 weights are in memory for this. The result is cached
+    by the checkpoint's fingerprint, the seed and the sizes.
+    """
+    key = f"{model.checkpoint.fingerprint()} {seed} {samples} {seq_len}"
+    file = cache_folder() / f"self-written-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if file.exists():
+        ids = np.load(file, allow_pickle=False)
+        if ids.shape == (samples, seq_len) and ids.dtype == np.int64 and 0 <= ids.min() and ids.max() < model.config.vocab_size:
+            return torch.from_numpy(ids)
+    ids = sample_text(model.checkpoint, tokenizer, samples, seq_len, seed, progress)
+    data = io.BytesIO()
+    np.save(data, ids.numpy(), allow_pickle=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, (data.getvalue(),))
+    return ids
+
+
+def sample_text(checkpoint: Checkpoint, tokenizer: Tokenizer, samples: int, seq_len: int, seed: int, progress: Progress) -> Tensor:
+    """The sampling loop of `self_written`, without the cache. The model runs as it does for a user, all sequences in one batch."""
+    model, random = build(checkpoint), torch.Generator().manual_seed(seed)
+    cache, slots = model.cache(samples, seq_len), list(range(samples))
+    ids = torch.empty(samples, seq_len, dtype=torch.int64)
+    start = tokenizer.encode("", special=True)[:1]
+    ids[:, : len(start)] = torch.tensor(start, dtype=torch.int64)
+    ids[:, len(start)] = torch.randint(0, model.config.vocab_size, (samples,), generator=random)
+    for t in progress(range(seq_len - 1), "the model writes its calibration text"):
+        logits = model(Batch.of(ids[:, t].tolist(), slots, [t] * samples, cache), cache)
+        if t >= len(start):
+            # An exponential race draws from softmax(logits): the least e/p wins, which needs no normalised sums.
+            race = logits - torch.empty_like(logits).exponential_(generator=random).log_()
+            ids[:, t + 1] = race.argmax(1)
+    return ids

@@ -1,0 +1,22 @@
+"""RTN: every weight goes to the nearest point of its group's grid. The baseline; reads no text and keeps no outliers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..qtensor import QTensor
+from .common import Block, Spec, quantize_matrix
+
+
+def complete(spec: Spec) -> Spec:
+    """`spec` as this method takes it."""
+    return replace(spec, outliers=0.0, score=None, samples=0, seq_len=0)
+
+
+def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor]:
+    """The quantized linears of one block by name; `inputs` is not read."""
+    w = block.weights
+    return {n: quantize_matrix(w[f"{n}.weight"], spec, bias=w.get(f"{n}.bias"), name=block.prefix + n) for n in block.linears}

@@ -1,0 +1,198 @@
+"""The quantization driver: source checkpoint in, PyEngine checkpoint out, one block in memory at a time.
+
+A method is a module in `pyengine/quant/` named like the method ('-' becomes '_') with
+
+    complete(spec) -> Spec                                 its defaults; samples 0 means that it reads no text
+    prepare(model, batches, spec) -> dict                  optional: a pass over the whole model before the blocks; statistics
+    quantize_block(block, inputs, spec) -> dict            linear name → QTensor
+
+It decides codes and outliers; the driver reads, names, writes, resumes and reports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Writer, require_free
+from .formats import Checkpoint, open_checkpoint
+from .qtensor import QTensor, fit_group
+from .quant.calibration import Batches, FloatModel, Progress, self_written, show_progress, text_windows, token_hash
+from .quant.common import FLOAT16_MAX, Block, Spec, quantize_matrix
+from .tokenizer import Tokenizer, load_tokenizer
+
+HELPERS = ("__init__", "common", "calibration")  # files in quant/ that are not methods
+HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
+VERSION = 1
+
+
+def methods() -> list[str]:
+    """The names `method=` takes: the files of pyengine/quant."""
+    return sorted(f.stem.replace("_", "-") for f in (Path(__file__).parent / "quant").glob("*.py") if f.stem not in HELPERS)
+
+
+def load_method(name: str) -> ModuleType:
+    """The module of a method; ValueError lists those there are."""
+    if name not in methods():
+        raise ValueError(f"method is {name!r}, expected one of {', '.join(methods())}")
+    return importlib.import_module(f".quant.{name.replace('-', '_')}", __package__)
+
+
+def quantize(
+    model: str | os.PathLike | Checkpoint,
+    out: str | os.PathLike,
+    method: str = "gwq",
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    outliers: float = 0.01,
+    score: str | None = None,
+    act_bits: int = 16,
+    kv_bits: int = 16,
+    head_bits: int = 8,
+    calib: str | os.PathLike | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Progress = show_progress,
+) -> dict:
+    """Quantize a checkpoint (a path, or what `open_checkpoint` returned) into the new directory `out`; returns a report.
+
+    calib is a UTF-8 text to calibrate on; without one the model writes its own. score, samples and seq_len are the
+    method's own where None. `progress(items, label)` wraps the
+    long loops. act_bits and kv_bits are recorded for the runtime, which quantizes those as it runs. Raises ValueError
+    for arguments that make no sense, CheckpointError for a source that cannot be trusted, OSError if the disk is full; in
+    all of these `out` does not appear, and `resume=True` continues a run that was cut short.
+    """
+    spec = Spec(method, bits, group_size, symmetric, outliers, score, act_bits, kv_bits, head_bits, samples, seq_len, seed).check()
+    module = load_method(method)
+    spec = module.complete(spec)
+    require_free(out)  # before the minutes that a calibration text may take
+    started = time.monotonic()
+    checkpoint = open_checkpoint(model) if not isinstance(model, Checkpoint) else model
+    source, tokenizer = FloatModel.of(checkpoint), load_tokenizer(checkpoint)
+    ids = calibration_tokens(source, tokenizer, spec, calib, progress)
+    text = token_hash(ids) if ids is not None else None
+    identity = {"source": checkpoint.fingerprint(), "calibration": text, **asdict(spec)}
+    writer = Writer(out, source.blocks + 1, identity, resume)
+    seconds = {"calibration_text": time.monotonic() - started}
+
+    started = time.monotonic()
+    batches = Batches(source, ids, writer.work, progress) if ids is not None else None
+    statistics = module.prepare(source, batches, spec) if batches and hasattr(module, "prepare") else {}
+    seconds["prepare"] = time.monotonic() - started
+
+    started = time.monotonic()
+    groups = announce_groups(source, spec)
+    for i in progress(range(source.blocks), f"quantizing with {method}, block by block"):
+        if not writer.has(i):
+            writer.write(i, quantized_block(module, source, batches, writer.work, i, spec))
+    if not writer.has(source.blocks):
+        writer.write(source.blocks, outer_tensors(source, spec))
+    sizes = writer.finish(output_config(checkpoint.config, spec, text), tokenizer.save)
+    seconds["quantize"] = time.monotonic() - started
+    return report(source, spec, sizes, groups, statistics, {k: round(v, 2) for k, v in seconds.items()})
+
+
+def calibration_tokens(model: FloatModel, tokenizer: Tokenizer, spec: Spec, calib: str | os.PathLike | None, progress: Progress) -> Tensor | None:
+    """i64[samples, seq_len], or None for a method that reads no text."""
+    if spec.samples == 0:
+        return None
+    longest = model.config.max_position_embeddings
+    if spec.seq_len > longest:
+        raise ValueError(f"seq_len is {spec.seq_len}, but the model was made for at most {longest} positions")
+    if calib is not None:
+        ids = text_windows(calib, tokenizer, spec.samples, spec.seq_len, spec.seed)
+    else:
+        ids = self_written(model, tokenizer, spec.samples, spec.seq_len, spec.seed, progress)
+    if int(ids.max()) >= model.config.vocab_size:
+        raise ValueError(f"the tokenizer gives token {int(ids.max())}, but the model has only {model.config.vocab_size}")
+    return ids
+
+
+def announce_groups(model: FloatModel, spec: Spec) -> dict[int, int]:
+    """Inputs → group size that is used, for each width in the model; says on stderr where it is not the one asked for."""
+    widths = sorted({model.config.linear_shape(name)[1] for name in model.arch.LINEARS})
+    groups = {k: fit_group(spec.group_size, k) for k in widths}
+    for k, group in groups.items():
+        if spec.group_size not in (0, group):
+            print(f"group size {spec.group_size} does not fit {k} inputs: {group} is used there", file=sys.stderr)
+    return groups
+
+
+def quantized_block(module: ModuleType, model: FloatModel, batches: Batches | None, work: Path, i: int, spec: Spec) -> dict[str, Tensor]:
+    """All tensors of block i as the checkpoint holds them."""
+    prefix = f"model.layers.{i}."
+    weights = model.block(i)
+    block = Block(i, prefix, weights, model.arch.SITES, batches.forward if batches else None, work)
+    quantized = module.quantize_block(block, (lambda: batches.inputs(i)) if batches else None, spec)
+    tensors = {f"{prefix}{name}.weight": norm_tensor(model, f"{prefix}{name}.weight", weights[f"{name}.weight"]) for name in model.arch.NORMS}
+    for name, q in quantized.items():
+        tensors |= named(prefix + name, q.check())
+    return tensors
+
+
+def named(module: str, q: QTensor) -> dict[str, Tensor]:
+    return {f"{module}.{key}": t for key, t in q.tensors().items()}
+
+
+def outer_tensors(model: FloatModel, spec: Spec) -> dict[str, Tensor]:
+    """Embedding, final norm and output matrix. A tied model has one matrix for both ends, in the form the head asks for."""
+    norm, embedding = model.final_norm(), model.embedding()
+    tied = model.config.tie_word_embeddings
+    tensors = {"model.norm.weight": norm_tensor(model, "model.norm.weight", norm)}
+    if not tied or spec.head_bits == 16:
+        tensors["model.embed_tokens.weight"] = half_if_it_fits(embedding)
+    if spec.head_bits == 8:
+        name = "model.embed_tokens" if tied else "lm_head"
+        tensors |= named(name, quantize_matrix(model.head(), Spec(bits=8, group_size=HEAD_GROUP), name=name).check())
+    elif not tied:
+        tensors["lm_head.weight"] = half_if_it_fits(model.head())
+    return tensors
+
+
+def half_if_it_fits(t: Tensor) -> Tensor:
+    return t.half() if float(t.abs().max()) <= FLOAT16_MAX else t
+
+
+def norm_tensor(model: FloatModel, name: str, value: Tensor) -> Tensor:
+    """A norm's weight in the type of its source, f16 or f32; bf16 becomes f32, which holds it exactly."""
+    stored = model.checkpoint.get(name)
+    return value.half() if stored is not None and stored.dtype == torch.float16 else value
+
+
+def output_config(source: dict, spec: Spec, calibration: str | None) -> dict:
+    """config.json of the result: the source's, with what was done to it."""
+    done = {"quant_method": "pyengine", "version": VERSION, **asdict(spec), "calibration": calibration}
+    return {**source, "quantization_config": done}
+
+
+def report(model: FloatModel, spec: Spec, sizes: dict[str, int], groups: dict[int, int], statistics: dict, seconds: dict) -> dict:
+    """What was made, from the bytes that lie on the disk. `bits_per_weight` counts the block linears with scales and indices."""
+    c = model.config
+    weights = model.blocks * sum(n * k for n, k in (c.linear_shape(name) for name in model.arch.LINEARS))
+
+    def total(*endings: str) -> int:
+        return sum(b for name, b in sizes.items() if name.startswith(linears) and name.endswith(endings))
+
+    linears = tuple(f"model.layers.{i}.{name}." for i in range(model.blocks) for name in model.arch.LINEARS)
+    return {
+        "method": spec.method,
+        "bits_per_weight": 8 * total("") / weights,
+        "outlier_share": total(".outlier_value") / 2 / weights,
+        "size_bytes": sum(sizes.values()),
+        "group_sizes": {str(k): group for k, group in groups.items()},
+        "seconds": seconds,
+        "statistics": statistics,
+        "spec": asdict(spec),
+    }

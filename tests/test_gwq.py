@@ -1,0 +1,165 @@
+"""GWQ: its gradients against autograd over the whole model, its statistics by hand, and that it does what it is for."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from pyengine.formats import open_checkpoint
+from pyengine.models import llama
+from pyengine.quant import gwq, rtn
+from pyengine.quant.calibration import Batches, FloatModel, sample_text
+from pyengine.quant.common import Block, Spec, rounding_error, top_mask
+from pyengine.tokenizer import load_tokenizer
+
+STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260k"
+pytestmark = pytest.mark.skipif(not STORIES.exists(), reason="the stories260k model is not there")
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
+    "She wanted to play with it, but it was too high. Lily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know "
+    "what to do. She said, \"I want to play with your ball, but I can't find it.\" Lily was sad and went home with her mom. "
+)
+
+
+def quiet(items, label):
+    return items
+
+
+@pytest.fixture
+def model():
+    return FloatModel.of(open_checkpoint(STORIES))
+
+
+@pytest.fixture
+def batches(model, tmp_path):
+    tokens = load_tokenizer(model.checkpoint).encode(STORY)
+    ids = torch.tensor(tokens[:120]).view(3, 40)
+    return Batches(model, ids, tmp_path, quiet)
+
+
+def block(model, batches, i):
+    return Block(i, f"model.layers.{i}.", model.block(i), llama.SITES, batches.forward, batches.folder)
+
+
+def reference_gradients(ids):
+    """Per sample: gradients of the mean next-token cross-entropy by tensor name, through transformers' model at once."""
+    transformers = pytest.importorskip("transformers")
+    config = json.loads((STORIES / "config.json").read_text())
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).float().eval()
+    model.load_state_dict(load_file(STORIES / "model.safetensors"), strict=False)
+    for sample in ids:
+        model.zero_grad()
+        loss = F.cross_entropy(model(sample[None]).logits[0, :-1], sample[1:])
+        loss.backward()
+        yield loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def close(a, b):
+    return float((a - b).norm() / b.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("score", ["abs_g", "sq_g"])
+def test_walk_equals_autograd_over_the_whole_model(model, batches, monkeypatch, score):
+    monkeypatch.setattr(gwq, "HEAD_TOKENS", 16)  # several chunks, the last one ragged
+    losses, gradient = gwq.loss_gradient(model, batches)
+    reference = list(reference_gradients(batches.ids))
+    assert torch.allclose(losses, torch.tensor([loss for loss, _ in reference]), atol=1e-4)
+    for i in range(model.blocks - 1, -1, -1):
+        found = gwq.block_statistics(batches, model.block(i), llama.LINEARS, batches.inputs(i), gradient, score)
+        for name, statistic in found.items():
+            grads = [g[f"model.layers.{i}.{name}.weight"] for _, g in reference]
+            assert close(statistic, sum(g.abs() if score == "abs_g" else g**2 for g in grads)), (i, name)
+
+
+@pytest.mark.parametrize("score", ["abs_g", "sq_g", "abs_g_dw", "fisher_dw2"])
+def test_prepare_leaves_the_masks_of_these_gradients(model, batches, score):
+    spec = Spec(group_size=32, score=score)
+    stats = gwq.prepare(model, batches, spec)
+    reference = list(reference_gradients(batches.ids))
+    assert stats["calibration_loss"] == pytest.approx(sum(loss for loss, _ in reference) / 3, abs=1e-4)
+    for i in (0, 4):
+        quantized = gwq.quantize_block(block(model, batches, i), None, spec)
+        for name, q in quantized.items():
+            w = model.block(i)[f"{name}.weight"]
+            grads = torch.stack([g[f"model.layers.{i}.{name}.weight"] for _, g in reference])
+            error = rounding_error(w, spec)
+            want = {
+                "abs_g": grads.abs().sum(0),
+                "sq_g": grads.square().sum(0),
+                "abs_g_dw": grads.abs().sum(0) * error.abs(),
+                "fisher_dw2": grads.square().sum(0) * error**2,
+            }[score]
+            mask = torch.zeros_like(w, dtype=torch.bool)
+            mask[torch.repeat_interleave(torch.arange(q.n), q.outlier_row.diff()), q.outlier_col.long()] = True
+            differ = int((mask != top_mask(want, 0.01)).sum())
+            assert int(mask.sum()) == int(0.01 * w.numel()) and differ <= 2, (i, name)  # 2: two scores equal to float32
+    assert sorted(f.name for f in batches.folder.glob("gradient*")) == ["gradient-00000.npy"]
+
+
+@pytest.mark.parametrize("score", ["abs_g", "sq_g"])
+def test_gradients_that_cancel_over_samples_still_count(model, batches, score):
+    """The same window twice with opposite output gradients: summed first, nothing would be left."""
+    inputs = batches.inputs(2)[:1].repeat(2, 1, 1)
+    gradient = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    both = torch.cat((gradient, -gradient))
+    found = gwq.block_statistics(batches, model.block(2), llama.LINEARS, inputs, both, score)
+    once = gwq.block_statistics(batches, model.block(2), llama.LINEARS, inputs[:1], gradient, score)
+    for name in llama.LINEARS:
+        assert float(once[name].max()) > 0 and close(found[name], 2 * once[name])
+
+
+def test_hdiag_is_the_inputs_without_the_first_token(model, batches):
+    b = block(model, batches, 1)
+    seen = {}
+    batches.forward(b.weights, batches.inputs(1), lambda site, x: seen.__setitem__(site, x))
+    found = gwq.input_squares(b, batches.inputs(1))
+    for site, names in llama.SITES.items():
+        for name in names:
+            assert close(found[name], seen[site][:, 1:].square().sum((0, 1)))
+    spec = Spec(group_size=32, score="hdiag_dw2")
+    q = gwq.quantize_block(b, lambda: batches.inputs(1), spec)["mlp.down_proj"]
+    w = b.weights["mlp.down_proj.weight"]
+    mask = top_mask(found["mlp.down_proj"] * rounding_error(w, spec) ** 2, 0.01)
+    assert q.outliers == int(mask.sum()) and torch.equal(q.dequantize()[mask], w[mask].half().float())
+
+
+def test_rounding_error_is_what_the_format_loses(model, batches):
+    for spec in (Spec(group_size=32), Spec(group_size=0, bits=3, symmetric=False), Spec(bits=2), Spec(bits=8, symmetric=False)):
+        b = block(model, batches, 0)
+        for name, q in rtn.quantize_block(b, None, spec).items():
+            w = b.weights[f"{name}.weight"]
+            assert torch.equal(rounding_error(w, spec), w - q.dequantize())
+
+
+def test_completed_requests():
+    paper = importlib.import_module("pyengine.quant.gwq_paper")
+    done = gwq.complete(Spec(seq_len=100))
+    assert (done.score, done.samples, done.seq_len) == ("fisher_dw2", 16, 100)
+    assert gwq.complete(Spec(score="abs_w")).samples == 0
+    done = paper.complete(Spec(samples=9, method="gwq-paper"))
+    assert (done.score, done.samples, paper.prepare) == ("abs_g", 1, gwq.prepare)
+    assert rtn.complete(Spec()) == dataclasses.replace(Spec(), outliers=0.0, score=None, samples=0, seq_len=0)
+
+
+def test_outliers_bring_the_loss_back(model, batches):
+    """The loss that rounding costs falls by more than a quarter (0.65 of it is left; 0.82 if the least sensitive weights are kept)."""
+    windows = sample_text(model.checkpoint, load_tokenizer(model.checkpoint), 8, 100, 7, quiet)
+    batches = Batches(model, sample_text(model.checkpoint, load_tokenizer(model.checkpoint), 8, 100, 8, quiet), batches.folder, quiet)
+    spec = gwq.complete(Spec(group_size=64, outliers=0.05))
+    gwq.prepare(model, batches, spec)
+    loss = {}
+    for method in (None, rtn, gwq):
+        x = model.embedding()[windows]
+        for i in range(model.blocks):
+            b = block(model, batches, i)
+            if method:
+                b.weights |= {f"{name}.weight": q.dequantize() for name, q in method.quantize_block(b, None, spec).items()}
+            x = batches.forward(b.weights, x)
+        logits = llama.rms_norm(x, model.final_norm(), model.config.rms_norm_eps) @ model.head().T
+        loss[method] = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()))
+    assert loss[gwq] - loss[None] < 0.75 * (loss[rtn] - loss[None]), loss
