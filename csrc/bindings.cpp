@@ -19,9 +19,23 @@ void pointer(Class& c, const char* name, T* Struct::* member) {
       [member](Struct& s, uintptr_t p) { s.*member = reinterpret_cast<T*>(p); });
 }
 
+py::class_<Program> bind_program(py::module_& m) {
+  py::class_<Program> c(m, "Program");
+  c.def(py::init<>());
+  c.def(
+      "run",
+      [](const Program& p, uintptr_t stream) {
+        py::gil_scoped_release release;
+        p.run(reinterpret_cast<void*>(stream));
+      },
+      py::arg("stream") = 0);
+  return c;
+}
+
 // The class of an op and the functions over its table.
 template <class Op>
-py::class_<Op> bind(py::module_& m, const char* name) {
+py::class_<Op> bind(py::module_& m, py::class_<Program>& program, const char* name) {
+  program.def("add", [](Program& p, const Op& op, const std::string& kernel) { p.add(op, kernel); }, py::arg("op"), py::arg("kernel") = "");
   py::class_<Op> c(m, name);
   c.def(py::init<>());
   c.def(
@@ -45,8 +59,8 @@ py::class_<Op> bind(py::module_& m, const char* name) {
   return c;
 }
 
-void bind_qlinear(py::module_& m) {
-  auto c = bind<QLinear>(m, "QLinear");
+void bind_qlinear(py::module_& m, py::class_<Program>& program) {
+  auto c = bind<QLinear>(m, program, "QLinear");
   c.def_readwrite("m", &QLinear::m).def_readwrite("n", &QLinear::n).def_readwrite("k", &QLinear::k).def_readwrite("group", &QLinear::group);
   c.def_readwrite("bits", &QLinear::bits).def_readwrite("act_bits", &QLinear::act_bits).def_readwrite("scale_f32", &QLinear::scale_f32);
   c.def_readwrite("x_stride", &QLinear::x_stride).def_readwrite("y_stride", &QLinear::y_stride);
@@ -71,25 +85,25 @@ void bind_qlinear(py::module_& m) {
   });
 }
 
-void bind_elementwise(py::module_& m) {
-  auto norm = bind<RmsNorm>(m, "RmsNorm");
+void bind_elementwise(py::module_& m, py::class_<Program>& program) {
+  auto norm = bind<RmsNorm>(m, program, "RmsNorm");
   norm.def_readwrite("m", &RmsNorm::m).def_readwrite("n", &RmsNorm::n).def_readwrite("eps", &RmsNorm::eps);
   pointer(norm, "x", &RmsNorm::x), pointer(norm, "weight", &RmsNorm::weight), pointer(norm, "y", &RmsNorm::y);
-  auto silu = bind<SiluMul>(m, "SiluMul");
+  auto silu = bind<SiluMul>(m, program, "SiluMul");
   silu.def_readwrite("m", &SiluMul::m).def_readwrite("n", &SiluMul::n);
   pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y);
 }
 
-void bind_attention(py::module_& m) {
+void bind_attention(py::module_& m, py::class_<Program>& program) {
   py::class_<KVCache> cache(m, "KVCache");
   cache.def(py::init<>()).def_readwrite("slot_stride", &KVCache::slot_stride).def_readwrite("head_stride", &KVCache::head_stride);
   pointer(cache, "k", &KVCache::k), pointer(cache, "v", &KVCache::v);
-  auto rope = bind<RopeKV>(m, "RopeKV");
+  auto rope = bind<RopeKV>(m, program, "RopeKV");
   rope.def_readwrite("m", &RopeKV::m).def_readwrite("heads", &RopeKV::heads).def_readwrite("kv_heads", &RopeKV::kv_heads);
   rope.def_readwrite("head_dim", &RopeKV::head_dim).def_readwrite("qkv_stride", &RopeKV::qkv_stride).def_readwrite("cache", &RopeKV::cache);
   pointer(rope, "qkv", &RopeKV::qkv), pointer(rope, "cos", &RopeKV::cos), pointer(rope, "sin", &RopeKV::sin);
   pointer(rope, "slot", &RopeKV::slot), pointer(rope, "position", &RopeKV::position);
-  auto attention = bind<Attention>(m, "Attention");
+  auto attention = bind<Attention>(m, program, "Attention");
   attention.def_readwrite("m", &Attention::m).def_readwrite("heads", &Attention::heads).def_readwrite("kv_heads", &Attention::kv_heads);
   attention.def_readwrite("head_dim", &Attention::head_dim).def_readwrite("q_stride", &Attention::q_stride);
   attention.def_readwrite("y_stride", &Attention::y_stride).def_readwrite("scale", &Attention::scale).def_readwrite("cache", &Attention::cache);
@@ -100,9 +114,10 @@ void bind_attention(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  bind_qlinear(m);
-  bind_elementwise(m);
-  bind_attention(m);
+  auto program = bind_program(m);
+  bind_qlinear(m, program);
+  bind_elementwise(m, program);
+  bind_attention(m, program);
   m.def("threads", &threads);
   m.def("set_threads", &set_threads);
   m.attr("cuda_built") = PE_CUDA_BUILT != 0;

@@ -1,6 +1,7 @@
 // An op's kernels are the rows of a table. A kernel file ends with one static Row; choose() takes the highest rank that accepts.
 #pragma once
 
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -70,13 +71,35 @@ const Kernel<Op>& choose(const Op& op, const std::string& name = {}) {
   throw std::runtime_error("no kernel can run this: " + reasons);
 }
 
+// choose(), for an op that runs now: its weights must be packed for the kernel already.
 template <class Op>
-void run(const Op& op, void* stream = nullptr, const std::string& name = {}) {
+const Kernel<Op>& ready(const Op& op, const std::string& name) {
   const Kernel<Op>& kernel = choose(op, name);
   if constexpr (requires { op.layout; }) {
     if (op.layout != kernel.layout) throw std::runtime_error(std::string(kernel.name) + ": weights must be packed for it first");
   }
-  kernel.run(op, stream);
+  return kernel;
 }
+
+template <class Op>
+void run(const Op& op, void* stream = nullptr, const std::string& name = {}) {
+  ready(op, name).run(op, stream);
+}
+
+// Ops with their kernels chosen, to be run again and again over the same buffers: one call for a whole decode step.
+class Program {
+ public:
+  template <class Op>
+  void add(const Op& op, const std::string& name = {}) {
+    steps_.push_back([op, run = ready(op, name).run](void* stream) { run(op, stream); });
+  }
+
+  void run(void* stream) const {
+    for (const auto& step : steps_) step(stream);
+  }
+
+ private:
+  std::vector<std::function<void(void*)>> steps_;
+};
 
 }  // namespace pe

@@ -1,4 +1,4 @@
-"""Layers that models are put together from, each quantized or float, all with one calling form: `layer(x, residual=None, out=None)`."""
+"""Layers that models are put together from, each quantized or float, all called as `layer(x, residual=None, out=None, program=None)`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import Linear, stack
+from .ops import Program
 from .qtensor import QTensor
 
 
 class Dense(nn.Module):
-    """y = x·wᵀ + bias with a float32 w[n, k], for models that are not quantized. torch's matrix product runs it."""
+    """y = x·wᵀ + bias with a float32 w[n, k], for models that are not quantized. torch's matrix product runs it, which no program can record."""
+
+    recordable = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -22,7 +25,7 @@ class Dense(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.nbytes = weight.numel() * 4
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: None = None) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         if residual is not None:
             y += residual
@@ -38,12 +41,12 @@ class SideBySide(nn.Module):
         self.out_features, self.in_features = sum(p.out_features for p in parts), parts[0].in_features
         self.nbytes = sum(p.nbytes for p in parts)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: Program | None = None) -> Tensor:
         y = x.new_empty(x.shape[0], self.out_features) if out is None else out
         at = 0
         for part in self.parts:
             columns = slice(at, at + part.out_features)
-            part(x, None if residual is None else residual[:, columns], y[:, columns])
+            part(x, None if residual is None else residual[:, columns], y[:, columns], program)
             at = columns.stop
         return y
 

@@ -18,11 +18,11 @@ from .qtensor import QTensor
 _workspace = torch.empty(0, dtype=torch.uint8)  # shared by all layers: ops run one after another
 
 
-def _workspace_pointer(size: int) -> int:
+def _workspace_of(size: int) -> Tensor:
     global _workspace
     if _workspace.numel() < size + 64:
         _workspace = torch.empty(size + 64, dtype=torch.uint8)
-    return (_workspace.data_ptr() + 63) // 64 * 64
+    return _workspace
 
 
 class Linear(nn.Module):
@@ -66,8 +66,11 @@ class Linear(nn.Module):
         """The row of the dispatch table that forward runs."""
         return self._op.choose(self.kernel)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """x [..., k] → [..., n], in x's dtype. `residual` f32[m, n] is added; `out` f32[m, n], which may be the residual, takes the result."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: ops.Program | None = None) -> Tensor:
+        """x [..., k] → [..., n], in x's dtype. `residual` f32[m, n] is added; `out` f32[m, n], which may be the residual, takes the result.
+
+        With `program` the op is recorded instead, to read x f32[m, k] and write the result whenever the program runs.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Linear: x has {x.shape[-1]} features, expected {self.in_features}")
         rows = x.reshape(-1, self.in_features).float()
@@ -81,9 +84,10 @@ class Linear(nn.Module):
         op.m, op.x, op.x_stride = m, rows.data_ptr(), rows.stride(0)
         op.y, op.y_stride = y.data_ptr(), y.stride(0)
         op.residual = 0 if residual is None else residual.data_ptr()
-        op.workspace = _workspace_pointer(op.workspace_bytes())
+        workspace = _workspace_of(op.workspace_bytes())
+        op.workspace = (workspace.data_ptr() + 63) // 64 * 64
         if m:
-            op.run(kernel=self.kernel)
+            ops.go(op, self.kernel, program, rows, y, residual, workspace)
         return y if out is not None else y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -130,7 +134,8 @@ def _stack_outliers(parts: Sequence[QTensor]) -> dict[str, Tensor]:
             cols.append(p.outlier_col.to(torch.int32))
             values.append(p.outlier_value)
         before += p.outliers
-    return {"outlier_row": torch.cat(rows), "outlier_col": torch.cat(cols), "outlier_value": torch.cat(values)}
+    col = torch.cat(cols).to(torch.uint16 if parts[0].k <= 65536 else torch.int32)
+    return {"outlier_row": torch.cat(rows), "outlier_col": col, "outlier_value": torch.cat(values)}
 
 
 def replace_linears(module: nn.Module, include: str = "*", exclude: Sequence[str] = ("*lm_head*",), **spec) -> list[str]:

@@ -1,7 +1,7 @@
 """The border to the native kernels: tensors are checked here, once, and go on as pointers.
 
 Every function takes `kernel=` to force a row of the dispatch table by name; without it the best one for this machine runs.
-CPU activations are float32.
+With `program=` the op is recorded instead of run. CPU activations are float32.
 """
 
 from __future__ import annotations
@@ -12,6 +12,29 @@ from torch import Tensor, float32, int32, uint8
 from . import _C
 
 KV_DTYPE = torch.float16
+
+
+class Program:
+    """Recorded ops, run in one native call as often as wanted over the same tensors: what a CUDA graph is on a GPU."""
+
+    def __init__(self) -> None:
+        self._native, self._kept = _C.Program(), []
+
+    def add(self, op, kernel: str, *tensors: Tensor | None) -> None:
+        """Record an op and keep the tensors alive that it points to."""
+        self._native.add(op, kernel)
+        self._kept.append(tensors)
+
+    def run(self) -> None:
+        self._native.run()
+
+
+def go(op, kernel: str, program: Program | None, *tensors: Tensor | None) -> None:
+    """Run an op now, or record it together with the tensors that it points to."""
+    if program is None:
+        op.run(kernel=kernel)
+    else:
+        program.add(op, kernel, *tensors)
 
 
 def kernels() -> dict[str, list[dict]]:
@@ -48,7 +71,7 @@ def _contiguous(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]
     return t
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, kernel: str = "") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, kernel: str = "", program: Program | None = None) -> Tensor:
     """x f32[m, n], weight f32[n] → f32[m, n]."""
     m, n = x.shape
     out = torch.empty_like(x) if out is None else out
@@ -57,11 +80,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, k
     op.x = _contiguous(x, "rms_norm: x", float32, (m, n)).data_ptr()
     op.weight = _contiguous(weight, "rms_norm: weight", float32, (n,)).data_ptr()
     op.y = _contiguous(out, "rms_norm: out", float32, (m, n)).data_ptr()
-    op.run(kernel=kernel)
+    go(op, kernel, program, x, weight, out)
     return out
 
 
-def silu_mul(x: Tensor, out: Tensor | None = None, kernel: str = "") -> Tensor:
+def silu_mul(x: Tensor, out: Tensor | None = None, kernel: str = "", program: Program | None = None) -> Tensor:
     """x f32[m, 2n], gate beside up → f32[m, n]."""
     m, n = x.shape[0], x.shape[1] // 2
     out = x.new_empty(m, n) if out is None else out
@@ -69,7 +92,7 @@ def silu_mul(x: Tensor, out: Tensor | None = None, kernel: str = "") -> Tensor:
     op.m, op.n = m, n
     op.x = _contiguous(x, "silu_mul: x", float32, (m, 2 * n)).data_ptr()
     op.y = _contiguous(out, "silu_mul: out", float32, (m, n)).data_ptr()
-    op.run(kernel=kernel)
+    go(op, kernel, program, x, out)
     return out
 
 
@@ -91,7 +114,7 @@ def _check_rows(name: str, k: Tensor, v: Tensor, slot: Tensor, position: Tensor,
     _contiguous(position, f"{name}: position", int32, (m,))
 
 
-def rope_kv(qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, heads: int, kernel: str = "") -> None:
+def rope_kv(qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, heads: int, kernel: str = "", program: Program | None = None) -> None:
     """Turn q of qkv f32[m, (heads + 2·kv_heads)·head_dim] in place; write turned k and v to the cache (see `_cache`) at (slot, position) i32[m].
 
     cos, sin f32[length, head_dim/2]. The caller keeps slots and positions within the cache (`Batch` checks them).
@@ -105,10 +128,10 @@ def rope_kv(qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, slot: T
     op.cos = _contiguous(cos, "rope_kv: cos", float32, (cos.shape[0], head_dim // 2)).data_ptr()
     op.sin = _contiguous(sin, "rope_kv: sin", float32, (cos.shape[0], head_dim // 2)).data_ptr()
     op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache(k, v)
-    op.run(kernel=kernel)
+    go(op, kernel, program, qkv, cos, sin, k, v, slot, position)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, scale: float, out: Tensor | None = None, kernel: str = "") -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, scale: float, out: Tensor | None = None, kernel: str = "", program: Program | None = None) -> Tensor:
     """q f32[m, heads·head_dim] over the cache: row i sees positions 0…position[i] of slot[i] → f32[m, heads·head_dim]."""
     m, kv_heads, head_dim = q.shape[0], k.shape[1], k.shape[3]
     heads = q.shape[1] // head_dim
@@ -121,7 +144,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, s
     op.q, op.q_stride = check(q, "attention: q", float32, (m, heads * head_dim)).data_ptr(), q.stride(0)
     op.y, op.y_stride = check(out, "attention: out", float32, (m, heads * head_dim)).data_ptr(), out.stride(0)
     op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache(k, v)
-    op.run(kernel=kernel)
+    go(op, kernel, program, q, k, v, slot, position, out)
     return out
 
 

@@ -10,6 +10,7 @@ from pyengine.engine import _Text
 from pyengine.evaluate import multiple_choice, perplexity, read_task, read_text
 from pyengine.formats import open_checkpoint
 from pyengine.loader import build, load
+from pyengine.qtensor import QTensor
 from pyengine.sampling import Sampler, Sampling, filtered
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time,", "Water boils at", "List three fruits:")
@@ -238,3 +239,29 @@ def test_multiple_choice(tiny, data, tmp_path):
         bad.write_text(line)
         with pytest.raises(ValueError, match=message):
             read_task(bad)
+
+
+@pytest.mark.parametrize("method", ("rtn", "gwq"))
+def test_quantized_perplexity_equals_that_of_the_dequantized_weights(method, demo_gguf, data, tmp_path):
+    """The runtime computes what the format says: torch on the dequantized matrices differs by less than 0.3 %."""
+    options = {"method": method, "group_size": 64, "score": "abs_w" if method == "gwq" else None}
+    pyengine.quantize(demo_gguf, tmp_path / "q", **options)
+    engine = load(tmp_path / "q")
+    text = read_text(data / "wikitext2_test.txt")[:4000]
+    ids = engine.tokenizer.encode(text)[:768]
+    model = transformers_model(demo_gguf)
+    checkpoint = open_checkpoint(tmp_path / "q")
+    kept = 0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            module = name.removesuffix(".weight")
+            if f"{module}.scale" in checkpoint.shapes:
+                q = QTensor.read(module, *p.shape, checkpoint.get)
+                kept += q.outliers
+                p.copy_(q.dequantize())
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1].float(), torch.tensor(ids[1:])).exp().item()
+    found = perplexity(engine, text, limit_tokens=768)["perplexity"]
+    assert abs(found / expected - 1) < 0.003, (found, expected)
+    assert (kept > 0) == (method == "gwq")

@@ -23,6 +23,7 @@ SITES = {
 }
 LINEARS = tuple(name for site in SITES.values() for name in site)
 NORMS = ("input_layernorm", "post_attention_layernorm")
+RECORDED = 8  # numbers of rows whose programs are kept: decoding meets few, and a prefill chunk holds megabytes
 
 
 @dataclass
@@ -157,7 +158,7 @@ def block_forward(w: dict[str, Tensor], x: Tensor, c: Config, cos: Tensor, sin: 
 
 
 class Block(nn.Module):
-    """One block on our kernels, over the rows of a Batch. Linears that share an input are one."""
+    """One block on our kernels. Linears that share an input are one."""
 
     def __init__(self, c: Config, norms: list[Tensor], linears: list[nn.Module]):
         super().__init__()
@@ -165,20 +166,30 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = norms
         self.qkv, self.o, self.gate_up, self.down = linears
 
-    def forward(self, x: Tensor, batch: Batch, kv: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], scratch: list[Tensor]) -> None:
-        """Updates x f32[m, hidden] in place. `scratch` holds f32 rows of the widths that `Model.widths` lists."""
+    def forward(self, rows: Rows, kv: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], program: ops.Program | None) -> None:
+        """Updates rows.x in place, now or whenever `program` runs."""
         c = self.config
-        h, qkv, a, gate_up, g = scratch
-        ops.rms_norm(x, self.attention_norm, c.rms_norm_eps, out=h)
-        self.qkv(h, out=qkv)
-        ops.rope_kv(qkv, *rope, *kv, batch.slot, batch.position, c.num_attention_heads)
-        q = qkv[:, : c.num_attention_heads * c.head_dim]
-        ops.attention(q, *kv, batch.slot, batch.position, c.head_dim**-0.5, out=a)
-        self.o(a, residual=x, out=x)
-        ops.rms_norm(x, self.mlp_norm, c.rms_norm_eps, out=h)
-        self.gate_up(h, out=gate_up)
-        ops.silu_mul(gate_up, out=g)
-        self.down(g, residual=x, out=x)
+        ops.rms_norm(rows.x, self.attention_norm, c.rms_norm_eps, out=rows.h, program=program)
+        self.qkv(rows.h, out=rows.qkv, program=program)
+        ops.rope_kv(rows.qkv, *rope, *kv, rows.slot, rows.position, c.num_attention_heads, program=program)
+        q = rows.qkv[:, : c.num_attention_heads * c.head_dim]
+        ops.attention(q, *kv, rows.slot, rows.position, c.head_dim**-0.5, out=rows.a, program=program)
+        self.o(rows.a, residual=rows.x, out=rows.x, program=program)
+        ops.rms_norm(rows.x, self.mlp_norm, c.rms_norm_eps, out=rows.h, program=program)
+        self.gate_up(rows.h, out=rows.gate_up, program=program)
+        ops.silu_mul(rows.gate_up, out=rows.g, program=program)
+        self.down(rows.g, residual=rows.x, out=rows.x, program=program)
+
+
+class Rows:
+    """The buffers that m rows pass through a block in: x, h f32[m, hidden] and what each linear makes of them; slot, position i32[m]."""
+
+    def __init__(self, c: Config, m: int):
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.x, self.h = torch.empty(m, c.hidden_size), torch.empty(m, c.hidden_size)
+        self.qkv, self.a = torch.empty(m, q + 2 * kv), torch.empty(m, q)
+        self.gate_up, self.g = torch.empty(m, 2 * c.intermediate_size), torch.empty(m, c.intermediate_size)
+        self.slot, self.position = torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.int32)
 
 
 class Model(nn.Module):
@@ -188,29 +199,45 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.embedding, self.norm, self.head = c, embedding, norm, head
         self.blocks = nn.ModuleList(blocks)
-        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.widths = (c.hidden_size, q + 2 * kv, q, 2 * c.intermediate_size, c.intermediate_size)
-        self._scratch: list[Tensor] = []
         self._rope = rope_table(c, 1)
+        self._recordable = all(getattr(layer, "recordable", True) for layer in self.blocks.modules())
+        self._recorded: dict[int, tuple[Rows, ops.Program]] = {}  # by the number of rows, for the cache below
+        self._recorded_for: KVCache | None = None
 
     def cache(self, slots: int, length: int) -> KVCache:
         c = self.config
+        self._recorded, self._recorded_for = {}, None  # let go of the last cache before the next one is allocated
         return KVCache(c.num_hidden_layers, slots, c.num_key_value_heads, length, c.head_dim)
-
-    def _rows(self, m: int) -> list[Tensor]:
-        if not self._scratch or self._scratch[0].shape[0] < m:
-            self._scratch = [torch.empty(m, width) for width in self.widths]
-        return [s[:m] for s in self._scratch]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Logits f32[wanted rows, vocab]; writes the rows' keys and values to the cache."""
-        if self._rope[0].shape[0] < cache.length:
-            self._rope = rope_table(self.config, cache.length)
-        x = self.embedding(batch.token)
-        scratch = self._rows(x.shape[0])
-        for i, block in enumerate(self.blocks):
-            block(x, batch, cache.layer(i), self._rope, scratch)
-        if batch.wanted is not None:
-            x = x[batch.wanted]
+        """Logits f32[wanted rows, vocab]; writes the rows' keys and values to the cache.
+
+        The ops of all blocks are recorded once for a number of rows and a cache: a decode step is then one native call, where the
+        Python between some 270 ops would take longer than the ops.
+        """
+        m = batch.token.shape[0]
+        if self._recorded_for is not cache:
+            self._recorded, self._recorded_for = {}, cache
+            if self._rope[0].shape[0] < cache.length:
+                self._rope = rope_table(self.config, cache.length)
+        rows, program = self._recorded.get(m) or (Rows(self.config, m), None)
+        rows.x.copy_(self.embedding(batch.token))
+        rows.slot.copy_(batch.slot)
+        rows.position.copy_(batch.position)
+        if program is None and self._recordable:
+            program = ops.Program()
+            self._run_blocks(rows, cache, program)
+            if len(self._recorded) == RECORDED:
+                self._recorded.pop(next(iter(self._recorded)))
+            self._recorded[m] = rows, program
+        if program is None:
+            self._run_blocks(rows, cache, None)
+        else:
+            program.run()
+        x = rows.x if batch.wanted is None else rows.x[batch.wanted]
         return self.head(ops.rms_norm(x, self.norm, self.config.rms_norm_eps))
+
+    def _run_blocks(self, rows: Rows, cache: KVCache, program: ops.Program | None) -> None:
+        for i, block in enumerate(self.blocks):
+            block(rows, cache.layer(i), self._rope, program)
