@@ -17,6 +17,7 @@ $(VENV)/bin/python:
 
 # Without --editable a change of the code would have to be installed again; PYENGINE_CUDA=ON|OFF|AUTO goes to the build.
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	@echo "installing PyEngine and what it needs into $(VENV): one to three minutes, more if packages come slowly"
 	$(PIP) install -q --constraint constraints.txt --editable .
 	touch $@
 
@@ -26,6 +27,7 @@ $(VENV)/demo-model: | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/test-tools: $(VENV)/installed
+	@echo "installing what the tests need"
 	$(PIP) install -q --constraint constraints.txt --editable ".[test]"
 	touch $@
 

@@ -179,7 +179,8 @@ class QTensor:
         if rows is None:
             rows = slice(None)
         codes = unpack_codes(self.weight[rows], self.k, self.container)
-        centred = codes.float().unflatten(1, (-1, self.group)) - self.zero_codes()[rows].float().unsqueeze(2)
+        zero = 1 << (self.container - 1) if self.zero is None else self.zero[rows].float().unsqueeze(2)
+        centred = codes.float().unflatten(1, (-1, self.group)) - zero
         w = (centred * self.scale[rows].float().unsqueeze(2)).flatten(1)
         if self.outliers:
             picked = torch.arange(self.n)[rows]
