@@ -12,8 +12,14 @@ demo: $(VENV)/installed $(VENV)/demo-model
 test: $(VENV)/installed $(VENV)/demo-model $(VENV)/test-tools
 	$(BIN)/python -m pytest
 
+# Debian and Ubuntu keep the venv module's pip and Python's headers in packages of their own, and python3 brings neither.
+HAS_TOOLS = $(PYTHON) -c 'import ensurepip, sysconfig, os; assert os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))' 2>/dev/null
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	@$(HAS_TOOLS) || { echo "$(PYTHON) lacks its venv module or its headers: installing python3-venv and python3-dev"; \
+	  $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q python3-venv python3-dev; } || \
+	  { echo "make: install the venv module and the headers of $(PYTHON), then run make again" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # Without --editable a change of the code would have to be installed again; PYENGINE_CUDA=ON|OFF|AUTO goes to the build.
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)

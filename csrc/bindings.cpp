@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <mutex>
+
 #include "cpu/threads.h"
 #include "dispatch.h"
 
@@ -10,6 +12,9 @@ namespace py = pybind11;
 using namespace pe;
 
 namespace {
+
+// Ops of several Python threads run one after another: they share workspaces and the thread pool. Taken without the GIL held.
+std::mutex running;
 
 // A pointer member as a Python integer.
 template <class Class, class Struct, class T>
@@ -26,6 +31,7 @@ py::class_<Program> bind_program(py::module_& m) {
       "run",
       [](const Program& p, uintptr_t stream) {
         py::gil_scoped_release release;
+        std::lock_guard turn(running);
         p.run(reinterpret_cast<void*>(stream));
       },
       py::arg("stream") = 0);
@@ -37,11 +43,12 @@ template <class Op>
 py::class_<Op> bind(py::module_& m, py::class_<Program>& program, const char* name) {
   program.def("add", [](Program& p, const Op& op, const std::string& kernel) { p.add(op, kernel); }, py::arg("op"), py::arg("kernel") = "");
   py::class_<Op> c(m, name);
-  c.def(py::init<>());
+  c.def(py::init<>()).def(py::init<const Op&>());
   c.def(
       "run",
-      [](const Op& op, uintptr_t stream, const std::string& kernel) {
+      [](Op op, uintptr_t stream, const std::string& kernel) {  // a copy: the caller may change its own meanwhile
         py::gil_scoped_release release;
+        std::lock_guard turn(running);
         run(op, reinterpret_cast<void*>(stream), kernel);
       },
       py::arg("stream") = 0, py::arg("kernel") = "");

@@ -16,7 +16,8 @@ enum class Layout : int { canonical = 0, tile8 = 8, tile16 = 16 };
 
 // y[m,n] = x[m,k] · w[n,k]ᵀ (+ bias) (+ residual),  w = scale · (code − zero), outlier values in their places.
 // act_bits 16: x is used as it is. act_bits 8: each token is quantized to codes in −127…127 with scale max|x|/127, the products
-// with the weight's codes are summed exactly in int32 over a group; outliers multiply the unquantized x.
+// with the weight's codes are summed exactly in int32 over a group; outliers multiply the unquantized x. A token with NaN or
+// infinity gives NaN.
 // Bound: ‖y − oracle‖ ≤ 1e-5 ‖oracle‖ per token for f32 sums (either act_bits, given the same activation codes).
 // Sums do not depend on m or on the number of threads: a token's result has the same bits in any batch.
 struct QLinear {

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from .errors import CheckpointError
 
 SINGLE_FILE_BYTES = 512 << 20  # up to here the shards become one model.safetensors; merging holds it in memory twice
 
@@ -130,8 +132,11 @@ def _safetensors(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as f:
-        return {name: f.get_tensor(name) for name in sorted(f.keys())}
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {name: f.get_tensor(name) for name in sorted(f.keys())}
+    except SafetensorError as e:
+        raise CheckpointError(f"{path}: damaged since it was written ({e}); start again without resuming") from e
 
 
 def _sync(path: Path) -> None:

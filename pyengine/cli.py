@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,16 +13,25 @@ from collections.abc import Callable
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # here, where a full disk or a closed pipe is still ours to report
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone: there is nobody left to tell
-        return 1
     except (ValueError, RuntimeError, OSError, MemoryError) as e:
         print(f"pyengine {args.command}: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
+        if isinstance(e, OSError):
+            _abandon_stdout()
         return 1
+
+
+def _abandon_stdout() -> None:
+    """What stdout still holds cannot be written: the interpreter would try again at exit, fail, and change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
         if model:
             p.add_argument("model", nargs=None if model == "1" else model, metavar="MODEL", help=MODEL_HELP)
         p.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+        if run is not inspect:
+            p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+            p.add_argument("--device", default="auto", help="auto or cpu (default auto)")
+            p.add_argument("--kv-bits", type=int, default=16, help="bits of the KV cache: 16")
         return p
 
     p = command("generate", generate, "Complete a prompt and stream the text.")
@@ -51,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", metavar="FILE", help="UTF-8 text: perplexity over non-overlapping windows")
     what.add_argument("--tasks", metavar="FILE", nargs="+", help="JSONL questions: context, choices, answer")
-    p.add_argument("--context", type=int, default=2048, help="window in tokens (default 2048, at most what the model holds)")
+    p.add_argument("--context", type=int, help="window in tokens (default: 2048, or what the model holds if that is less)")
     p.add_argument("--limit-tokens", type=int, help="only the first tokens of the text")
     p.add_argument("--limit", type=int, help="only the first questions of each file")
     command("inspect", inspect, "What a checkpoint holds: architecture, format, bits per weight, outliers, size.")
@@ -94,7 +107,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
 def _load(args: argparse.Namespace):
     from .loader import load
 
-    return load(args.model, threads=args.threads, progress=sys.stderr.isatty())
+    return load(args.model, args.device, threads=args.threads, kv_bits=args.kv_bits, progress=sys.stderr.isatty())
 
 
 def _sampling_of(args: argparse.Namespace) -> dict:
@@ -113,7 +126,7 @@ def generate(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     engine = _load(args)
     loaded = time.perf_counter() - start
-    prompts = [engine.tokenizer.chat([{"role": "user", "content": p}]) for p in args.prompt] if args.chat else args.prompt
+    prompts = [engine.tokenizer.encode_chat([{"role": "user", "content": p}]) for p in args.prompt] if args.chat else args.prompt
     if len(prompts) == 1 and not args.json:
         text = ""
         for piece in engine.stream(prompts[0], args.max_new_tokens, **_sampling_of(args)):
@@ -157,8 +170,10 @@ def chat(args: argparse.Namespace) -> int:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
-            return 0
+            line = ""
         if not line.strip():
+            if args.json:
+                print(json.dumps({"messages": messages}))
             return 0
         messages.append({"role": "user", "content": line})
         answer = ""
@@ -166,7 +181,8 @@ def chat(args: argparse.Namespace) -> int:
             answer += piece
             if not args.json:
                 print(piece, end="", flush=True)
-        print(json.dumps({"role": "assistant", "content": answer}) if args.json else "")
+        if not args.json:
+            print()
         messages.append({"role": "assistant", "content": answer})
 
 
@@ -174,9 +190,11 @@ def quantize(args: argparse.Namespace) -> int:
     from . import ops
     from .quantizer import quantize as run
 
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"device is {args.device!r}; this build quantizes on 'cpu'")
     if args.threads is not None:
         ops.set_threads(args.threads)
-    names = ("method", "bits", "group_size", "outliers", "score", "act_bits", "head_bits", "calib", "seed", "resume")
+    names = ("method", "bits", "group_size", "outliers", "score", "act_bits", "kv_bits", "head_bits", "calib", "seed", "resume")
     options = {name: getattr(args, name) for name in names} | {"symmetric": not args.asymmetric}
     options |= {name: value for name in ("samples", "seq_len") if (value := getattr(args, name)) is not None}
     report = run(args.model, args.out, **options)
@@ -190,13 +208,16 @@ def quantize(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     from .evaluate import multiple_choice, perplexity, read_task, read_text
 
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"limit is {args.limit}, expected at least 1")
     show = not args.json or sys.stderr.isatty()
     if args.text:
         text = read_text(args.text)
         engine = _load(args)
-        result = perplexity(engine, text, min(args.context, engine.context), args.limit_tokens, progress=show)
-        losses = result.pop("losses")
-        error = losses.double().std().item() / max(1, losses.numel()) ** 0.5
+        context = min(2048, engine.context) if args.context is None else args.context
+        result = perplexity(engine, text, context, args.limit_tokens, progress=show)
+        losses = result.pop("losses").double()
+        error = losses.std(correction=0).item() / losses.numel() ** 0.5
         _print(args, result | {"nll_standard_error": error}, lambda r: [
             f"perplexity {r['perplexity']:.4f} over {r['tokens']} tokens (nll {r['nll']:.5f} ± {r['nll_standard_error']:.5f}), {r['tokens_per_s']:.0f} tokens/s"
         ])  # fmt: skip

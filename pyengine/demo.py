@@ -23,9 +23,9 @@ def source() -> Path:
 
 def quantized() -> Path:
     """A GWQ 4-bit checkpoint of the demo model in the cache folder, made (and resumed) if it is not there."""
-    from .quantizer import quantize
+    from .quantizer import VERSION, quantize
 
-    out = cache_folder() / "SmolLM2-135M-Instruct-gwq-4bit"
+    out = cache_folder() / f"SmolLM2-135M-Instruct-gwq-4bit-v{VERSION}"
     if not (out / "config.json").is_file():
         quantize(source(), out, method="gwq", group_size=64, resume=True)
     return out

@@ -78,24 +78,27 @@ class Engine:
         self.model, self.tokenizer, self.checkpoint = model, tokenizer, checkpoint
         self.timing = Timing()
         self._cache: KVCache | None = None
+        self._use = 0
 
     @property
     def context(self) -> int:
         """The most tokens that prompt and answer may have together."""
         return self.model.config.max_position_embeddings
 
-    def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 128, **sampling) -> list[Completion]:
-        """Complete one prompt or several at once; see `Sampling` for the options. Raises ValueError for prompts that are empty or too long."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        done = [Completion() for _ in prompts]
-        for index, piece in self._run([self.tokenizer.encode(p) for p in prompts], max_new_tokens, Sampling(**sampling), done):
+    def generate(self, prompts: str | Sequence[str | Sequence[int]], max_new_tokens: int = 128, **sampling) -> list[Completion]:
+        """Complete one prompt or several at once (texts or token ids); see `Sampling` for the options.
+
+        Raises ValueError for prompts that are empty or too long.
+        """
+        ids = [self._ids(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        done = [Completion() for _ in ids]
+        for index, piece in self._run(ids, max_new_tokens, Sampling(**sampling), done):
             done[index].text += piece
         return done
 
     def stream(self, prompt: str | Sequence[int], max_new_tokens: int = 128, **sampling) -> Iterator[str]:
         """Complete one prompt (text or token ids) and yield the text as it comes."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        for _, piece in self._run([ids], max_new_tokens, Sampling(**sampling), [Completion()]):
+        for _, piece in self._run([self._ids(prompt)], max_new_tokens, Sampling(**sampling), [Completion()]):
             if piece:
                 yield piece
 
@@ -106,7 +109,18 @@ class Engine:
     def logit_chunks(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """The same in pieces f32[≤ CHUNK, vocab], for sequences whose logits together would not fit the memory."""
         self._check([list(ids)], 0)
+        self._claim()
         yield from self._prefill(list(ids), 0, self._cache_for(1, len(ids)))
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if prompt == "":
+            raise ValueError("the prompt is empty: there is nothing to complete")
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _claim(self) -> int:
+        """The number of a new use of the KV cache; whoever held it before must not go on."""
+        self._use += 1
+        return self._use
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         if max_new_tokens < 0:
@@ -142,6 +156,7 @@ class Engine:
     def _run(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, done: list[Completion]) -> Iterator[tuple[int, str]]:
         """Decode all prompts together; yields (prompt index, new text) and fills in `done` but for its texts."""
         self._check(prompts, max_new_tokens)
+        use = self._claim()
         room = [min(max_new_tokens, self.context - len(ids)) for ids in prompts]
         cache = self._cache_for(len(prompts), max(len(ids) + r for ids, r in zip(prompts, room)))
         samplers = [Sampler(sampling, ids, i) for i, ids in enumerate(prompts)]
@@ -172,6 +187,8 @@ class Engine:
                     yield i, texts[i].flush()
             active = [i for i in active if done[i].finish_reason != "stop" and len(done[i].tokens) < room[i]]
             if active:
+                if use != self._use:
+                    raise RuntimeError("another text was started on this engine before this one was done; load a second engine for it")
                 start = time.perf_counter()
                 token = [done[i].tokens[-1] for i in active]
                 position = [len(prompts[i]) + len(done[i].tokens) - 1 for i in active]

@@ -32,6 +32,8 @@ def perplexity(engine: Engine, text: str, context: int = 2048, limit_tokens: int
     The text is tokenised as a whole, without a BOS unless the model's tokenizer adds one; the last, shorter window counts too.
     Returns {"perplexity", "nll", "tokens", "tokens_per_s", "losses": f32[tokens]}; tokens are those predicted.
     """
+    if limit_tokens is not None and limit_tokens < 2:
+        raise ValueError(f"limit_tokens is {limit_tokens}, expected at least 2")
     if context < 2 or context > engine.context:
         raise ValueError(f"context is {context}, expected 2 to {engine.context}")
     ids = engine.tokenizer.encode(text)[:limit_tokens]
@@ -51,14 +53,14 @@ def perplexity(engine: Engine, text: str, context: int = 2048, limit_tokens: int
 def read_task(path: str | Path) -> list[dict]:
     """Questions {"context", "choices", "answer"} of a JSONL file; raises ValueError with the line that is not one."""
     items = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: U+2028 may stand in a string
         if not line.strip():
             continue
         try:
             item = json.loads(line)
             choices = item["choices"]
             if not (isinstance(item["context"], str) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)):
-                raise ValueError("context must be a string, choices at least two")
+                raise ValueError("context must be a string, choices at least two strings that are not empty")
             if item["answer"] not in range(len(choices)):
                 raise ValueError(f"answer {item['answer']!r} is not an index of {len(choices)} choices")
         except (ValueError, KeyError, TypeError) as e:
@@ -77,6 +79,8 @@ def multiple_choice(engine: Engine, items: list[dict], progress: bool = False) -
         scores = []
         for choice in item["choices"]:
             ids = engine.tokenizer.encode(item["context"] + choice)
+            if len(ids) < 2:
+                raise ValueError(f"the choice {choice!r} after {item['context']!r} is a single token: there is nothing to predict it from")
             shared = next((i for i, (a, b) in enumerate(zip(context, ids)) if a != b), min(len(context), len(ids)))
             shared = max(1, min(shared, len(ids) - 1))
             scores.append(-token_losses(engine, ids)[shared - 1 :].double().sum().item())

@@ -8,6 +8,7 @@ import torch
 
 from . import models
 from .formats import Checkpoint
+from .loader import quantization
 
 
 def describe(checkpoint: Checkpoint) -> dict:
@@ -30,10 +31,10 @@ def describe(checkpoint: Checkpoint) -> dict:
     on_disk = sum(f.stat().st_size for f in checkpoint.files)
     if checkpoint.format == "gguf":  # its tensors come dequantized: the file itself tells what a weight costs there
         linear_bytes = None
-    quantization = checkpoint.config.get("quantization_config") or {}
+    scheme = quantization(checkpoint.config)
     return {
         "path": str(checkpoint.path),
-        "format": "pyengine" if quantization.get("quant_method") == "pyengine" else checkpoint.format,
+        "format": "pyengine" if scheme else checkpoint.format,
         "architecture": checkpoint.config["model_type"],
         "layers": c.num_hidden_layers,
         "hidden_size": c.hidden_size,
@@ -44,7 +45,7 @@ def describe(checkpoint: Checkpoint) -> dict:
         "bits_per_weight": None if linear_bytes is None else 8 * linear_bytes / weights,
         "outlier_share": outliers / weights,
         "size_bytes": on_disk,
-        "quantization": quantization,
+        "quantization": scheme,
     }
 
 

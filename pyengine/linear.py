@@ -7,13 +7,14 @@ in `pyengine.quantizer`. Forward runs our kernels and has no backward pass.
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import _C, ops
-from .qtensor import QTensor
+from .qtensor import QTensor, fit_group
 
 _workspace = torch.empty(0, dtype=torch.uint8)  # shared by all layers: ops run one after another
 
@@ -46,20 +47,17 @@ class Linear(nn.Module):
         self._keep(weight)
         layout = op.target_layout(kernel)
         if layout:
-            packed = ops.pack(op, layout)
-            for name, t in zip(("weight", "scale", "zero"), packed):
-                self.register_buffer(f"_{name}", t, persistent=False)
+            self._tensors |= dict(zip(("weight", "scale", "zero"), ops.pack(op, layout)))
 
     def _keep(self, w: QTensor) -> None:
-        """Hold the canonical tensors as buffers and point the op at them."""
+        """Hold the canonical tensors and point the op at them. They are no buffers: `module.to(dtype)` would free what the op points to."""
         bias = None if w.bias is None else w.bias.float()
         col = None if not w.outliers else w.outlier_col.to(torch.uint16 if w.k <= 65536 else torch.int32).contiguous()
         row, value = (w.outlier_row, w.outlier_value) if w.outliers else (None, None)
         tensors = {"weight": w.weight, "scale": w.scale, "zero": w.zero, "bias": bias}
         tensors |= {"outlier_row": row, "outlier_col": col, "outlier_value": value}
-        for name, t in tensors.items():
-            t = None if t is None else t.contiguous()
-            self.register_buffer(f"_{name}", t, persistent=False)
+        self._tensors = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+        for name, t in self._tensors.items():
             setattr(self._op, name, 0 if t is None else t.data_ptr())
 
     def kernel_name(self) -> str:
@@ -73,6 +71,8 @@ class Linear(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Linear: x has {x.shape[-1]} features, expected {self.in_features}")
+        if x.device.type != "cpu" or not x.is_floating_point():
+            raise ValueError(f"Linear: x is {str(x.dtype)[6:]} on {x.device}, expected floats on the CPU")
         rows = x.reshape(-1, self.in_features).float()
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
@@ -80,14 +80,14 @@ class Linear(nn.Module):
         y = rows.new_empty(m, self.out_features) if out is None else ops.check(out, "Linear: out", torch.float32, (m, self.out_features))
         if residual is not None and (ops.check(residual, "Linear: residual", torch.float32, y.shape).stride(0) != y.stride(0)):
             raise ValueError("Linear: residual and out must have the same row stride")
-        op = self._op
+        op = _C.QLinear(self._op)  # of this call: another thread may run the same layer
         op.m, op.x, op.x_stride = m, rows.data_ptr(), rows.stride(0)
         op.y, op.y_stride = y.data_ptr(), y.stride(0)
         op.residual = 0 if residual is None else residual.data_ptr()
         workspace = _workspace_of(op.workspace_bytes())
         op.workspace = (workspace.data_ptr() + 63) // 64 * 64
         if m:
-            ops.go(op, self.kernel, program, rows, y, residual, workspace)
+            ops.go(op, self.kernel, program, self, rows, y, residual, workspace)
         return y if out is not None else y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -105,6 +105,8 @@ class Linear(nn.Module):
 
         spec = Spec(bits=bits, group_size=group_size, symmetric=symmetric, outliers=outliers).check()
         w = linear.weight.detach().float()
+        if group_size not in (0, group := fit_group(group_size, w.shape[1])):
+            warnings.warn(f"group size {group_size} does not divide {w.shape[1]} inputs: {group} is used", stacklevel=2)
         bias = None if linear.bias is None else linear.bias.detach().float()
         return cls(quantize_matrix(w, spec, top_mask(w.abs(), outliers), bias), act_bits)
 

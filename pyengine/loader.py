@@ -17,15 +17,19 @@ from .qtensor import QTensor
 from .tokenizer import load_tokenizer
 
 
-def load(model: str | Path | None = None, device: str = "auto", *, threads: int | None = None, kernel: str = "", progress: bool = False) -> Engine:
+def load(
+    model: str | Path | None = None, device: str = "auto", *, threads: int | None = None, kv_bits: int = 16, kernel: str = "", progress: bool = False
+) -> Engine:
     """Load a model for generation.
 
     model: a Hugging Face directory, a GGUF file or a PyEngine checkpoint; None is the demo model, quantized at first use.
-    device: "auto" or "cpu". threads: of our kernels and torch; None keeps the current number. kernel: forces a row of the dispatch table
+    device: "auto" or "cpu". kv_bits: of the KV cache, 16. threads: of our kernels and torch; None keeps the current number. kernel: forces a row of the dispatch table
     for all quantized linears. Raises CheckpointError for a damaged or unsupported checkpoint, ValueError for wrong arguments.
     """
     if device not in ("auto", "cpu"):
         raise ValueError(f"device is {device!r}; this build has kernels for 'cpu' ('auto' picks it)")
+    if kv_bits != 16:
+        raise ValueError(f"kv_bits is {kv_bits}; this build has kernels for a KV cache of 16")
     if threads is not None:
         ops.set_threads(threads)
     checkpoint = open_checkpoint(model if model is not None else demo.quantized())
@@ -36,9 +40,12 @@ def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> t
     """The model of a checkpoint, its weights packed. `kernel` as in `load`."""
     arch = models.find(checkpoint.config)
     c = arch.Config.from_dict(checkpoint.config)
-    act_bits = _quantization(checkpoint.config).get("act_bits", 16)
+    scheme = quantization(checkpoint.config)
+    act_bits = scheme.get("act_bits", 16)
     if act_bits not in (8, 16):
         raise CheckpointError(f"config.json: act_bits is {act_bits!r}, these kernels take 8 or 16")
+    if scheme.get("kv_bits", 16) != 16:
+        raise CheckpointError(f"config.json: kv_bits is {scheme['kv_bits']!r}, the KV cache holds 16")
     blocks = []
     for i in tqdm(range(c.num_hidden_layers), desc="load", unit="block", disable=not progress, leave=False, delay=2):
         prefix = f"model.layers.{i}"
@@ -57,17 +64,19 @@ def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> t
 
 def weight(checkpoint: Checkpoint, name: str, n: int, k: int, bias: bool = False) -> QTensor | tuple[Tensor, Tensor | None]:
     """The n × k weight of a module: a QTensor if the checkpoint holds a scale for it, else (w f32[n, k], bias)."""
+    if (f"{name}.bias" in checkpoint.shapes) != bias:
+        raise CheckpointError(f"{name}.bias: {'missing' if bias else 'there'}, but config.json says that the layer has {'one' if bias else 'none'}")
     if f"{name}.scale" in checkpoint.shapes:
         return QTensor.read(name, n, k, checkpoint.get)
     return checkpoint.float(f"{name}.weight", (n, k)).contiguous(), checkpoint.float(f"{name}.bias", (n,)) if bias else None
 
 
-def _quantization(config: dict) -> dict:
+def quantization(config: dict) -> dict:
     """The quantization_config of a config.json, {} for a float model; refuses methods of others."""
-    quantization = config.get("quantization_config") or {}
-    if not isinstance(quantization, dict):
-        raise CheckpointError(f"config.json: quantization_config is {type(quantization).__name__}, expected an object")
-    if quantization and quantization.get("quant_method") != "pyengine":
-        method = quantization.get("quant_method")
+    scheme = config.get("quantization_config") or {}
+    if not isinstance(scheme, dict):
+        raise CheckpointError(f"config.json: quantization_config is {type(scheme).__name__}, expected an object")
+    if scheme and scheme.get("quant_method") != "pyengine":
+        method = scheme.get("quant_method")
         raise CheckpointError(f"config.json: the checkpoint is quantized by {method!r}, which is not supported; give the float model instead")
-    return quantization
+    return scheme

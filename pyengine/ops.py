@@ -20,21 +20,21 @@ class Program:
     def __init__(self) -> None:
         self._native, self._kept = _C.Program(), []
 
-    def add(self, op, kernel: str, *tensors: Tensor | None) -> None:
-        """Record an op and keep the tensors alive that it points to."""
+    def add(self, op, kernel: str, *owners: object) -> None:
+        """Record an op and keep the tensors alive that it points to, or what owns them."""
         self._native.add(op, kernel)
-        self._kept.append(tensors)
+        self._kept.append(owners)
 
     def run(self) -> None:
         self._native.run()
 
 
-def go(op, kernel: str, program: Program | None, *tensors: Tensor | None) -> None:
-    """Run an op now, or record it together with the tensors that it points to."""
+def go(op, kernel: str, program: Program | None, *owners: object) -> None:
+    """Run an op now, or record it together with the tensors that it points to, or what owns them."""
     if program is None:
         op.run(kernel=kernel)
     else:
-        program.add(op, kernel, *tensors)
+        program.add(op, kernel, *owners)
 
 
 def kernels() -> dict[str, list[dict]]:
@@ -48,8 +48,8 @@ def threads() -> int:
 
 def set_threads(count: int) -> None:
     """Threads for our kernels and for torch alike."""
-    if count < 1:
-        raise ValueError(f"threads is {count}, expected at least 1")
+    if not 1 <= count <= 1024:
+        raise ValueError(f"threads is {count}, expected 1 to 1024")
     _C.set_threads(count)
     torch.set_num_threads(count)
 

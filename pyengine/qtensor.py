@@ -105,6 +105,8 @@ class QTensor:
         """Refuse anything a kernel could read out of bounds or turn into NaN. Returns self."""
         n = self.n if n is None else n
         k = self.k
+        if n < 1 or k < 2:
+            raise CheckpointError(f"{self.name}: a matrix of {n} × {k} is not supported, expected at least 1 × 2")
         self._expect("weight", (torch.uint8,), None)
         allowed = [(n, k), (n, (k + 1) // 2)]
         if tuple(self.weight.shape) not in allowed:

@@ -31,7 +31,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 HELPERS = ("__init__", "common", "calibration")  # files in quant/ that are not methods
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
-VERSION = 1
+VERSION = 1  # of what is written: one more when the same options give other bytes
 
 
 def methods() -> list[str]:
@@ -122,6 +122,8 @@ def calibration_tokens(model: FloatModel, tokenizer: Tokenizer, spec: Spec, cali
 
 def announce_groups(model: FloatModel, spec: Spec) -> dict[int, int]:
     """Inputs → group size that is used, for each width in the model; says on stderr where it is not the one asked for."""
+    if spec.head_bits == 8 and (group := fit_group(HEAD_GROUP, model.config.hidden_size)) != HEAD_GROUP:
+        print(f"group size {HEAD_GROUP} of the output matrix does not divide {model.config.hidden_size} inputs: {group} is used there", file=sys.stderr)
     widths = sorted({model.config.linear_shape(name)[1] for name in model.arch.LINEARS})
     groups = {k: fit_group(spec.group_size, k) for k in widths}
     for k, group in groups.items():

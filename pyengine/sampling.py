@@ -42,7 +42,7 @@ class Sampling:
 
 def filtered(logits: Tensor, s: Sampling) -> Tensor:
     """Logits f32[vocab] over temperature, with −inf where top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) rule a token out."""
-    logits = logits / s.temperature
+    logits = (logits - logits.max()) / s.temperature  # so that a tiny temperature gives −inf and 0, not inf
     if 0 < s.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(s.top_k).values[-1], -torch.inf)
     if s.top_p < 1:

@@ -128,6 +128,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written in it become their ids; `special` adds the beginning-of-text token."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as e:  # bytes of a command line that are no UTF-8 arrive as lone surrogates
+            raise ValueError(f"the text is not Unicode: character {e.start} is {text[e.start]!r}") from e
         return ([self.bos_id] if special and self.add_bos else []) + self.backend.encode(text)
 
     def decode(self, ids: list[int], special: bool = False) -> str:
@@ -153,7 +157,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of `chat(messages)`, with one beginning-of-text token where the model asks for it."""
-        ids = self.backend.encode(self.chat(messages))
+        ids = self.encode(self.chat(messages), special=False)
         return [self.bos_id, *ids] if self.add_bos and ids[:1] != [self.bos_id] else ids
 
     def save(self, directory: str | Path) -> None:
@@ -304,7 +308,10 @@ def _read_template(path: Path, config: dict[str, Any]) -> str | None:
             raise CheckpointError(f"chat_template.jinja: {e}") from e
     found = config.get("chat_template")
     named = found if isinstance(found, list) else [{"name": "default", "template": found}]
-    return next((t.get("template") for t in named if isinstance(t, dict) and t.get("name") == "default"), None)
+    template = next((t.get("template") for t in named if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(template, (str, type(None))):
+        raise CheckpointError(f"tokenizer_config.json: chat_template is {template!r}, expected a string")
+    return template
 
 
 def _from_gguf(checkpoint: Checkpoint, limit: int) -> Tokenizer:

@@ -84,6 +84,11 @@ inline simde__m512 cvtepi32_ps(simde__m512i v) {
   return make<simde__m512, float>([&](int i) { return t.at[i]; });
 }
 
+inline simde__m512i srai(simde__m512i v, unsigned count) {
+  const auto t = lanes<int32_t>(v);
+  return make<simde__m512i, int32_t>([&](int i) { return t.at[i] >> count; });
+}
+
 }  // namespace emulated
 
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu
@@ -96,3 +101,4 @@ inline simde__m512 cvtepi32_ps(simde__m512i v) {
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
+#define _mm512_srai_epi32 emulated::srai

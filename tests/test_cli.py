@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_generate_streams_text_and_reports(run, quantized):
 def test_chat_answers_line_by_line(run, demo_gguf, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is 2+2?\nAnd now in French.\n"))
     code, out, _ = run("chat", demo_gguf, "-n", 8, "--json")
-    assert code == 0 and [json.loads(line)["role"] for line in out.splitlines()] == ["assistant"] * 2
+    assert code == 0 and [m["role"] for m in json.loads(out)["messages"]] == ["user", "assistant"] * 2
 
 
 def test_eval_inspect_and_bench(run, stories, quantized, data, tmp_path):
@@ -101,6 +102,22 @@ def test_the_installed_command_exits_with_1(tmp_path):
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_output_that_cannot_be_written_is_exit_code_1(quantized):
+    for target in ("/dev/full", "closed pipe"):
+        command = [sys.executable, "-m", "pyengine.cli", "inspect", str(quantized)]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        if target == "/dev/full":
+            with open(target, "w") as out:
+                done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, env=environment)
+            assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+            os.close(writer)
+            assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Broken pipe" in done.stderr
+
+
 def test_bad_models(run, stories, tmp_path, demo_gguf):
     def broken(name: str, change) -> str:
         folder = tmp_path / name
@@ -128,6 +145,13 @@ def test_bad_models(run, stories, tmp_path, demo_gguf):
     assert "model_type 'mamba' is not supported" in broken("type", config(model_type="mamba"))
     assert "num_hidden_layers" in broken("layers", config(num_hidden_layers="many"))
     assert "cannot share" in broken("heads", config(num_key_value_heads=3))
+    assert "num_attention_heads is 0" in broken("zero", config(num_attention_heads=0))
+    assert "rope_scaling is 'linear'" in broken("word", config(rope_scaling="linear"))
+    assert "factor must be a positive number" in broken("factor", config(rope_scaling={"rope_type": "linear", "factor": 0}))
+    assert "tie_word_embeddings is 'false'" in broken("tie", config(tie_word_embeddings="false"))
+    assert "q_proj.bias: missing" in broken("bias", config(attention_bias=True))
+    assert "quantization_config is str" in broken("scheme", config(quantization_config="x"))
+    assert "kv_bits is 4" in broken("kv", config(quantization_config={"quant_method": "pyengine", "kv_bits": 4}))
     assert "rope scaling 'yarn' is not supported" in broken("rope", config(rope_scaling={"rope_type": "yarn", "factor": 2}))
     assert "quantized by 'gptq'" in broken("gptq", config(quantization_config={"quant_method": "gptq"}))
     assert "model.layers.5" in broken("deeper", config(num_hidden_layers=6))
@@ -161,10 +185,19 @@ def test_bad_prompts_texts_and_options(run, quantized, stories, tmp_path):
     assert "UTF-8" in fails(run, "quantize", stories, tmp_path / "out", "--calib", bad)
     assert not (tmp_path / "out").exists()
     assert "context holds 512" in fails(run, "generate", quantized, "-p", "one two three " * 300)
+    assert "the prompt is empty" in fails(run, "generate", quantized, "-p", "")
+    assert "not Unicode: character 1" in fails(run, "generate", quantized, "-p", "a\udcff")
+    assert "limit is 0" in fails(run, "eval", quantized, "--tasks", bad, "--limit", 0)
+    assert "limit_tokens is -3" in fails(run, "eval", quantized, "--text", stories / "config.json", "--limit-tokens", -3)
+    assert "device is 'cuda'" in fails(run, "generate", quantized, "-p", "a", "--device", "cuda")
+    assert "kv_bits is 8" in fails(run, "generate", quantized, "-p", "a", "--kv-bits", 8)
+    assert "quantized already" in fails(run, "quantize", quantized, tmp_path / "twice")
+    assert "context is 513, expected 2 to 512" in fails(run, "eval", quantized, "--text", stories / "config.json", "--context", 513)
     assert "temperature is -1.0" in fails(run, "generate", quantized, "-p", "a", "--temperature", -1)
     assert "context is 1" in fails(run, "eval", quantized, "--text", stories / "config.json", "--context", 1)
     assert "method is 'magic'" in fails(run, "quantize", stories, tmp_path / "out", "--method", "magic")
     assert "exists" in fails(run, "quantize", stories, quantized)
+    assert "threads is 99999999999" in fails(run, "generate", quantized, "-p", "a", "--threads", 99999999999)
     assert "threads is 0" in fails(run, "generate", quantized, "-p", "a", "--threads", 0)
     assert "decode is 0" in fails(run, "bench", quantized, "--decode", 0)
     assert "512" in fails(run, "bench", quantized, "--prompt", 600)

@@ -142,6 +142,8 @@ def test_prompts_that_cannot_run_are_refused(tiny):
         if message is None:
             with pytest.raises(ValueError, match="prompt 1 of 1 is empty"):
                 list(tiny.stream([], 4))
+            with pytest.raises(ValueError, match="the prompt is empty"):
+                list(tiny.stream("", 4))
             continue
         with pytest.raises(ValueError, match=message):
             tiny.generate(*arguments)
@@ -164,6 +166,19 @@ def pyengine_completion(engine, ids, n):
     done = [Completion()]
     list(engine._run([ids], n, Sampling(), done))
     return done[0].tokens
+
+
+def test_two_texts_at_once_on_one_engine_are_refused(tiny):
+    first = tiny.stream("Once upon a time", 20)
+    next(first)
+    assert tiny.generate("Lily", 3)[0].text
+    with pytest.raises(RuntimeError, match="another text was started"):
+        list(first)
+
+
+def test_a_tiny_temperature_is_greedy(tiny):
+    greedy = tiny.generate("Once upon a time", 10)[0].tokens
+    assert tiny.generate("Once upon a time", 10, temperature=1e-38, seed=1)[0].tokens == greedy
 
 
 def test_pyengine_generate(stories):

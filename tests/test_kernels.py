@@ -69,6 +69,54 @@ def test_integer_products_are_exact(kernel, bits):
         assert torch.equal(Linear(w, 8, kernel)(x).double(), expected)
 
 
+@pytest.mark.parametrize("kernel", rows("QLinear"))
+def test_4096_tokens(kernel):
+    w = random_weight(40, 64, 32, mask="sparse")
+    x = torch.randn(4096, 64)
+    assert error(Linear(w, 16, kernel)(x), x.double() @ w.dequantize().double().T) <= 1e-5
+
+
+@pytest.mark.parametrize("kernel", rows("QLinear"))
+def test_sums_that_could_overflow_are_left_to_the_oracle(kernel):
+    w = random_weight(2, 131072, 131072, bits=8)
+    with pytest.raises(RuntimeError, match="may overflow"):
+        Linear(w, 8, kernel)
+    x = torch.full((1, w.k), 127.0)
+    expected = x.double() @ w.dequantize().double().T
+    assert error(Linear(w, 8)(x), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("kernel", rows("QLinear"))
+def test_a_large_mean_of_the_activations_costs_no_accuracy(kernel):
+    """Codes count from the middle: 128·Σx, taken away from a sum of the same size, would leave three digits."""
+    for bits in (4, 8):
+        w = random_weight(32, 4096, 4096, bits)
+        x = torch.randn(3, w.k) + 100
+        assert error(Linear(w, 16, kernel)(x), x.double() @ w.dequantize().double().T) <= 1e-5, bits
+
+
+@pytest.mark.parametrize("act_bits", (16, 8))
+@pytest.mark.parametrize("kernel", ["qlinear_reference", *rows("QLinear")])
+def test_a_token_with_nan_gives_nan_and_its_neighbours_do_not(kernel, act_bits):
+    layer = Linear(random_weight(20, 96, 32), act_bits, kernel)
+    for value in (torch.nan, torch.inf):
+        for column in (0, 50, 95):
+            x = torch.randn(3, 96)
+            x[1, column] = value
+            y = layer(x)
+            assert torch.isfinite(y[[0, 2]]).all() and not torch.isfinite(y[1]).any()
+
+
+@pytest.mark.parametrize("kernel", ["attention_reference", *rows("Attention")])
+def test_nan_goes_through_attention(kernel):
+    k, v = kv(1, 1, 40, 64)
+    q = torch.randn(40, 64)
+    q[7, 3] = torch.nan
+    slot, position = torch.zeros(40, dtype=torch.int32), torch.arange(40, dtype=torch.int32)
+    y = ops.attention(q, k, v, slot, position, 0.125, kernel=kernel)
+    assert torch.isnan(y[7]).all() and torch.isfinite(y[torch.arange(40) != 7]).all()
+
+
 @pytest.mark.parametrize("act_bits", (16, 8))
 @pytest.mark.parametrize("kernel", rows("QLinear"))
 def test_a_token_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(kernel, act_bits):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +48,54 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
         Linear(random_weight(16, 64, 32), act_bits=4)
     with pytest.raises(ValueError, match="bits is 5"):
         Linear.from_float(nn.Linear(64, 8), bits=5)
+
+
+def test_only_floats_on_the_cpu_are_taken():
+    layer = Linear(random_weight(16, 64, 32))
+    for x in (torch.ones(3, 64, dtype=torch.int64), torch.empty(3, 64, device="meta")):
+        with pytest.raises(ValueError, match="expected floats on the CPU"):
+            layer(x)
+
+
+def test_casting_the_module_leaves_the_weights_alone():
+    layer, x = Linear(random_weight(16, 64, 32, mask="sparse", bias=True)), torch.randn(3, 64)
+    expected = layer(x)
+    nn.Sequential(layer).to(torch.bfloat16).half()
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_group_that_does_not_divide_is_said():
+    with pytest.warns(UserWarning, match="group size 128 does not divide 96 inputs: 96 is used"):
+        Linear.from_float(nn.Linear(96, 8))
+
+
+def test_threads_do_not_disturb_each_other():
+    layers = [Linear(random_weight(64, 256, 32, mask="sparse")) for _ in range(2)]
+    xs = [torch.randn(5, 256) for _ in range(4)]
+    expected = [[layer(x) for x in xs] for layer in layers]
+    wrong = []
+
+    def work(start: int) -> None:
+        for i in range(start, start + 400):
+            a, b = i % 2, i * 7 % 4
+            if not torch.equal(layers[a](xs[b]), expected[a][b]):
+                wrong.append((a, b))
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    layer, x = Linear(random_weight(512, 256, 32)), torch.randn(64, 256)
+    expected = layer(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(layer(x), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_replace_linears_in_a_module():

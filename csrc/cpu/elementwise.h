@@ -12,7 +12,7 @@ namespace {
 template <class V>
 typename V::F exp(typename V::F v) {
   using F = typename V::F;
-  v = V::min(V::max(v, V::set(-87.0f)), V::set(88.0f));
+  v = V::min(V::set(88.0f), V::max(V::set(-87.0f), v));  // in this order NaN, the second operand, gets through
   const F n = V::round(V::mul(v, V::set(1.44269504f)));
   // ln 2 in two parts: the first has few bits, so n times it is exact.
   F r = V::fma(n, V::set(-0.693359375f), v);

@@ -3,7 +3,7 @@
 // A lane is an output. A word of codes (ops.h, Layout) feeds 8 or 4 inputs; each is turned to f32 in a register and multiplied with
 // the broadcast activation (act_bits 16), or the whole word goes through one integer dot product (act_bits 8). So weights are read
 // once per block of tokens and never stored in another form. A group's sum Σ code·x is corrected by zero·Σx, with Σx computed once
-// per token. At one token several tiles run together, since one chain of sums would wait for the adder's latency.
+// per token; for f32 both count from the middle code, so that with symmetric weights nothing is left to cancel. At one token several tiles run together, since one chain of sums would wait for the adder's latency.
 //
 // Outliers follow as one pass over the rows that a thread has just done: interleaving them tile by tile costs 15 % more, because
 // short extra streams defeat the hardware's prefetch. From kBatch tokens on, a lane of that pass is a token instead, over x
@@ -70,16 +70,17 @@ struct QLinearTile {
 
   void quantize(int64_t i) const {
     const float* x = x_row(i);
-    F top = V::zero();
-    int64_t c = 0;
-    for (; c + V::lanes <= op.k; c += V::lanes) top = V::max(top, V::abs(V::load(x + c)));
-    if (c < op.k) top = V::max(top, V::abs(V::load(x + c, int(op.k - c))));
-    const float scale = V::largest(top) / 127.0f;
+    F top = V::zero(), broken = V::zero();  // broken turns NaN with the first NaN or infinity, which max() may lose
+    for (int64_t c = 0; c < op.k; c += V::lanes) {
+      const F v = V::load(x + c, int(op.k - c < V::lanes ? op.k - c : V::lanes));
+      top = V::max(top, V::abs(v)), broken = V::fma(v, V::zero(), broken);
+    }
+    const float scale = V::largest(top) / 127.0f, doubt = V::sum(broken);
     const F inverse = V::set(scale > 0 ? 1.0f / scale : 0.0f), limit = V::set(127.0f);
-    x_scale[i] = scale;
+    x_scale[i] = scale + doubt;
     int8_t* code = x_code + i * k8;
     alignas(64) int8_t tail[16];
-    for (c = 0; c < k8; c += V::lanes) {
+    for (int64_t c = 0; c < k8; c += V::lanes) {
       const int count = int(k8 - c < V::lanes ? k8 - c : V::lanes), real = int(op.k - c < V::lanes ? op.k - c : V::lanes);
       const F v = V::max(V::min(V::round(V::mul(V::load(x + c, real), inverse)), limit), V::sub(V::zero(), limit));
       V::store_bytes(tail, V::to_int(v));
@@ -87,7 +88,7 @@ struct QLinearTile {
     }
     for (int64_t g = 0; g < groups; ++g) {
       int32_t sum = 0;
-      for (c = g * op.group; c < (g + 1) * op.group; ++c) sum += code[c];
+      for (int64_t c = g * op.group; c < (g + 1) * op.group; ++c) sum += code[c];
       static_cast<int32_t*>(x_sum)[i * groups + g] = sum;
     }
   }
@@ -129,7 +130,8 @@ struct QLinearTile {
   }
 
   template <int bits, int M, int T>
-  void add_word_float(F (&sum)[M][T], const I (&word)[T], const float* x, int64_t stride) const {
+  void add_word_float(F (&sum)[M][T], I (&word)[T], const float* x, int64_t stride) const {
+    for (I& w : word) w = V::template centre<bits>(w);
     auto input = [&]<int j>() {
       F code[T];
       for (int b = 0; b < T; ++b) code[b] = V::template code<bits, j>(word[b]);
@@ -175,7 +177,7 @@ struct QLinearTile {
           if constexpr (integer)
             v = V::to_float(V::sub_int(sum_int[a][b], V::mul_int(zero, V::set_int(static_cast<const int32_t*>(x_sum)[at]))));
           else
-            v = V::sub(sum[a][b], V::mul(V::to_float(zero), V::set(static_cast<const float*>(x_sum)[at])));
+            v = V::sub(sum[a][b], V::mul(V::to_float(V::sub_int(zero, V::set_int(1 << (bits - 1)))), V::set(static_cast<const float*>(x_sum)[at])));
           total[a][b] = V::fma(v, scale, total[a][b]);
         }
       }
@@ -273,6 +275,11 @@ struct QLinearTile {
     });
   }
 };
+
+inline const char* qlinear_refuses(const QLinear& op) {
+  const bool overflows = op.act_bits == 8 && op.group > INT32_MAX / 127 / ((1 << op.bits) - 1);
+  return overflows ? "the int32 sum of a group this long may overflow" : nullptr;
+}
 
 template <class V>
 void qlinear(const QLinear& op, void*) {

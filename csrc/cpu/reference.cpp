@@ -36,7 +36,13 @@ struct Token {
   Token(const QLinear& op, const float* x) {
     if (op.act_bits != 8) return;
     float top = 0;
-    for (int64_t c = 0; c < op.k; ++c) top = std::max(top, std::fabs(x[c]));
+    for (int64_t c = 0; c < op.k; ++c) {
+      if (!std::isfinite(x[c])) {
+        scale = NAN, code.assign(size_t(op.k), 0);
+        return;
+      }
+      top = std::max(top, std::fabs(x[c]));
+    }
     scale = top / 127.0f;
     const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
     for (int64_t c = 0; c < op.k; ++c) code.push_back(int(std::clamp(std::nearbyint(x[c] * inverse), -127.0f, 127.0f)));

@@ -2,11 +2,18 @@
 
 #include <pthread.h>
 
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
+#include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -28,17 +35,15 @@ constexpr int kSpins = 2000;
 class Pool {
  public:
   explicit Pool(int workers) {
-    for (int i = 0; i < workers; ++i) workers_.emplace_back([this] { work(); });
+    try {
+      for (int i = 0; i < workers; ++i) workers_.emplace_back([this] { work(); });
+    } catch (const std::exception& e) {
+      stop();
+      throw std::runtime_error("cannot start " + std::to_string(workers) + " threads: " + e.what());
+    }
   }
 
-  ~Pool() {
-    {
-      std::lock_guard lock(mutex_);
-      stop_.store(true);
-    }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
-  }
+  ~Pool() { stop(); }
 
   int workers() const { return int(workers_.size()); }
 
@@ -52,14 +57,30 @@ class Pool {
     }
     if (sleeping_.load(std::memory_order_seq_cst)) wake_.notify_all();
     drain();
+    // Whatever a task threw, its context must outlive the workers that still use it.
     // A worker may be descheduled while it holds a piece: give way to it after a while instead of burning its core.
     for (int spins = 0; pending_.load(std::memory_order_acquire); ++spins) spins < kSpins ? pause() : std::this_thread::yield();
+    if (failed_) std::rethrow_exception(std::exchange(failed_, nullptr));
   }
 
  private:
+  void stop() {
+    {
+      std::lock_guard lock(mutex_);
+      stop_.store(true);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
   void drain() {
-    for (int64_t begin; (begin = next_.fetch_add(grain_, std::memory_order_relaxed)) < count_;)
-      task_(context_, begin, std::min(begin + grain_, count_));
+    try {
+      for (int64_t begin; (begin = next_.fetch_add(grain_, std::memory_order_relaxed)) < count_;)
+        task_(context_, begin, std::min(begin + grain_, count_));
+    } catch (...) {
+      std::lock_guard lock(mutex_);
+      failed_ = std::current_exception();
+    }
   }
 
   void work() {
@@ -85,18 +106,26 @@ class Pool {
   std::atomic<int> sleeping_{0}, pending_{0};
   std::atomic<bool> stop_{false};
   std::atomic<int64_t> next_{0};
+  std::exception_ptr failed_;
   Task task_ = nullptr;
   void* context_ = nullptr;
   int64_t count_ = 0, grain_ = 1;
 };
 
+// The cores this process may use, which a container or taskset makes fewer than there are.
+int cores() {
+  cpu_set_t set;
+  const int allowed = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : int(std::thread::hardware_concurrency());
+  return std::clamp(allowed, 1, kMostThreads);
+}
+
 std::mutex turn;
-int wanted = std::max(1u, std::thread::hardware_concurrency());
-Pool* pool = nullptr;
+int wanted = cores();
+std::unique_ptr<Pool> pool;
 
 // A forked child inherits no threads: forget the parent's pool (leaked on purpose) and start one when it is needed.
 void after_fork() {
-  pool = nullptr;
+  (void)pool.release();
   new (&turn) std::mutex;
 }
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork);
@@ -111,8 +140,8 @@ void parallel_for(int64_t count, int64_t grain, Task task, void* context) {
   }
   std::lock_guard lock(turn);
   if (!pool || pool->workers() != wanted - 1) {
-    delete pool;
-    pool = new Pool(wanted - 1);
+    pool.reset();
+    pool = std::make_unique<Pool>(wanted - 1);
   }
   pool->run(count, grain, task, context);
 }
@@ -121,7 +150,7 @@ int threads() { return wanted; }
 
 void set_threads(int count) {
   std::lock_guard lock(turn);
-  wanted = std::max(1, count);
+  wanted = std::clamp(count, 1, kMostThreads);
 }
 
 }  // namespace pe

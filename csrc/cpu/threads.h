@@ -10,7 +10,7 @@ namespace pe {
 using Task = void (*)(void* context, int64_t begin, int64_t end);
 
 // Calls task over [0, count) in pieces of `grain`, on the pool and on the caller; returns when all is done. Pieces are taken in any
-// order, so a task must not depend on it. Calls from several threads take turns.
+// order, so a task must not depend on it. Calls from several threads take turns. What a task throws comes out here.
 void parallel_for(int64_t count, int64_t grain, Task task, void* context);
 
 template <class F>
@@ -20,6 +20,7 @@ void parallel_for(int64_t count, int64_t grain, F&& body) {
 }
 
 int threads();
-void set_threads(int count);  // ≥ 1; the caller's thread counts
+constexpr int kMostThreads = 1024;
+void set_threads(int count);  // 1 … kMostThreads; the caller's thread counts
 
 }  // namespace pe

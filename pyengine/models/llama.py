@@ -23,6 +23,7 @@ SITES = {
 }
 LINEARS = tuple(name for site in SITES.values() for name in site)
 NORMS = ("input_layernorm", "post_attention_layernorm")
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 RECORDED = 8  # numbers of rows whose programs are kept: decoding meets few, and a prefill chunk holds megabytes
 
 
@@ -50,6 +51,9 @@ class Config:
     def from_dict(cls, config: dict) -> Config:
         """Read a config.json; raises CheckpointError naming the key that is absent or makes no sense."""
         rope = config.get("rope_parameters") or {}  # transformers 5 moved the rope keys in here
+        for name, value in (("rope_parameters", rope), ("rope_scaling", config.get("rope_scaling") or {})):
+            if not isinstance(value, dict):
+                raise CheckpointError(f"config.json: {name} is {value!r}, expected an object")
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in config.items() if k in known and v is not None}
         if "rope_theta" in rope:
@@ -58,19 +62,25 @@ class Config:
             values.setdefault("rope_scaling", rope)
         try:
             c = cls(**values)
+            c._check_types()
             c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
             c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
             return c._check()
         except TypeError as e:
             raise CheckpointError(f"config.json: {str(e).replace('Config.__init__() ', '')}") from e
 
-    def _check(self) -> Config:
+    def _check_types(self) -> None:
+        derived = ("num_key_value_heads", "head_dim")  # 0 until the others are known to be sound
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 24):
+            if f.type == "int" and (type(value) is not int or not (f.name not in derived) <= value < 1 << 24):
                 raise CheckpointError(f"config.json: {f.name} is {value!r}, expected a positive integer")
-            if f.type == "float" and not (isinstance(value, (int, float)) and 0 < value < 1e12):
+            if f.type == "float" and not (type(value) in (int, float) and 0 < value < 1e12):
                 raise CheckpointError(f"config.json: {f.name} is {value!r}, expected a positive number")
+            if f.type == "bool" and type(value) is not bool:
+                raise CheckpointError(f"config.json: {f.name} is {value!r}, expected true or false")
+
+    def _check(self) -> Config:
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(f"config.json: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key heads")
         if self.head_dim % 2:
@@ -100,15 +110,24 @@ def rope_frequencies(c: Config) -> Tensor:
         if kind == "default":
             return freq
         if kind == "linear":
-            return freq / float(scaling["factor"])
+            return freq / _positive(scaling, "factor")
         if kind == "llama3":
-            factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-            turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+            factor, low, high, original = (_positive(scaling, k) for k in LLAMA3_SCALING)
+            if high <= low:
+                raise CheckpointError(f"config.json: rope_scaling {scaling}: high_freq_factor must be above low_freq_factor")
+            turns = original * freq / (2 * math.pi)
             blend = ((turns - low) / (high - low)).clamp(0, 1)
             return freq * (blend + (1 - blend) / factor)
-    except (KeyError, TypeError, ZeroDivisionError) as e:
-        raise CheckpointError(f"config.json: rope_scaling {scaling} lacks or breaks {e}") from e
+    except KeyError as e:
+        raise CheckpointError(f"config.json: rope_scaling {scaling} lacks {e}") from e
     raise CheckpointError(f"config.json: rope scaling {kind!r} is not supported (default, linear and llama3 are)")
+
+
+def _positive(scaling: dict, key: str) -> float:
+    value = scaling[key]
+    if type(value) not in (int, float) or not 0 < value < 1e12:
+        raise CheckpointError(f"config.json: rope_scaling {scaling}: {key} must be a positive number")
+    return float(value)
 
 
 def rope_table(c: Config, length: int) -> tuple[Tensor, Tensor]:

@@ -24,9 +24,10 @@ from torch import Tensor
 from .. import models
 from ..cache import Batch
 from ..checkpoint import write_file
+from ..errors import CheckpointError
 from ..files import cache_folder, read_text
 from ..formats import Checkpoint
-from ..loader import build
+from ..loader import build, weight
 from ..tokenizer import Tokenizer
 
 CHUNK_TOKENS = 2048  # tokens that go through a block together: its widest activation stays below 100 MiB up to 7 B parameters
@@ -54,6 +55,8 @@ class FloatModel:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> FloatModel:
         """Raises CheckpointError if the architecture is not one of pyengine/models."""
+        if checkpoint.config.get("quantization_config"):
+            raise CheckpointError(f"{checkpoint.path}: the model is quantized already; give the float model it was made from")
         arch = models.find(checkpoint.config)
         return cls(checkpoint, arch, arch.Config.from_dict(checkpoint.config))
 
@@ -63,15 +66,14 @@ class FloatModel:
 
     def block(self, i: int) -> dict[str, Tensor]:
         """f32 weights and biases of block i by their name inside the block."""
-        c, get = self.config, self.checkpoint.float
-        weights = {}
+        c, prefix, weights = self.config, f"model.layers.{i}", {}
         for name in self.arch.LINEARS:
-            n, k = c.linear_shape(name)
-            weights[f"{name}.weight"] = get(f"model.layers.{i}.{name}.weight", (n, k))
-            if c.has_bias(name):
-                weights[f"{name}.bias"] = get(f"model.layers.{i}.{name}.bias", (n,))
+            w, bias = weight(self.checkpoint, f"{prefix}.{name}", *c.linear_shape(name), c.has_bias(name))
+            weights[f"{name}.weight"] = w
+            if bias is not None:
+                weights[f"{name}.bias"] = bias
         for name in self.arch.NORMS:
-            weights[f"{name}.weight"] = get(f"model.layers.{i}.{name}.weight", (c.hidden_size,))
+            weights[f"{name}.weight"] = self.checkpoint.float(f"{prefix}.{name}.weight", (c.hidden_size,))
         return weights
 
     def embedding(self) -> Tensor:
@@ -166,15 +168,20 @@ def self_written(model: FloatModel, tokenizer: Tokenizer, samples: int, seq_len:
     """
     key = f"{model.checkpoint.fingerprint()} {seed} {samples} {seq_len}"
     file = cache_folder() / f"self-written-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    if file.exists():
+    try:
         ids = np.load(file, allow_pickle=False)
         if ids.shape == (samples, seq_len) and ids.dtype == np.int64 and 0 <= ids.min() and ids.max() < model.config.vocab_size:
             return torch.from_numpy(ids)
+    except (OSError, ValueError, EOFError):
+        pass  # not there, or damaged: it is written again
     ids = sample_text(model.checkpoint, tokenizer, samples, seq_len, seed, progress)
     data = io.BytesIO()
     np.save(data, ids.numpy(), allow_pickle=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, (data.getvalue(),))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, (data.getvalue(),))
+    except OSError as e:
+        print(f"the calibration text is not kept for another time: {e}", file=sys.stderr)
     return ids
 
 

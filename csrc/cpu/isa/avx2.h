@@ -72,11 +72,17 @@ struct Avx2 {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(both));
   }
 
-  // Code i of every lane's word, as float.
+  // Codes of every lane's word less 2^(bits−1): two's complement, so that two shifts widen one.
+  template <int bits>
+  static I centre(I word) {
+    return _mm256_xor_si256(word, _mm256_set1_epi8(bits == 8 ? char(0x80) : char(0x88)));
+  }
+
+  // Code i of every lane's centred word, as float.
   template <int bits, int i>
   static F code(I word) {
     constexpr int shift = bits == 8 ? 8 * i : (i % 4) * 8 + (i / 4) * 4;
-    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(word, shift), _mm256_set1_epi32((1 << bits) - 1)));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(word, 32 - bits - shift), 32 - bits));
   }
 
   // sum + Σ code·x over a word's inputs; x holds them as i8, four to an int32. There is no u8·i8 dot product that cannot saturate

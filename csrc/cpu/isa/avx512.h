@@ -59,16 +59,21 @@ struct Avx512 {
   // The low byte of every lane.
   static void store_bytes(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 
-  // Code i of every lane's word, as float. A permute of a table looks at the low four bits of an index alone, which saves the mask.
+  // Codes of every lane's word less 2^(bits−1): two's complement for 8 bits; for 4 bits the table of code() sees to it.
+  template <int bits>
+  static I centre(I word) {
+    return bits == 8 ? _mm512_xor_si512(word, _mm512_set1_epi32(int32_t(0x80808080))) : word;
+  }
+
+  // Code i of every lane's centred word, as float. A permute of a table looks at the low four bits of an index alone, which saves a mask.
   template <int bits, int i>
   static F code(I word) {
     constexpr int shift = bits == 8 ? 8 * i : (i % 4) * 8 + (i / 4) * 4;
-    const I moved = shift ? _mm512_srli_epi32(word, shift) : word;
     if constexpr (bits == 4) {
-      const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      return _mm512_permutexvar_ps(moved, table);
+      const F table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+      return _mm512_permutexvar_ps(shift ? _mm512_srli_epi32(word, shift) : word, table);
     } else {
-      return _mm512_cvtepi32_ps(_mm512_and_si512(moved, _mm512_set1_epi32(255)));
+      return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(word, 24 - shift), 24));
     }
   }
 
