@@ -1,6 +1,7 @@
 """Builds pyengine._C by calling CMake; the build itself is described in CMakeLists.txt alone."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # pip builds with another copy each time
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPYENGINE_CUDA={os.environ.get('PYENGINE_CUDA', 'AUTO')}",
