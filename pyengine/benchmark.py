@@ -8,21 +8,21 @@ import sys
 import time
 
 import torch
-from torch import nn
 
 from . import ops
 from .cache import Batch
 from .engine import CHUNK, Engine
+from .layers import weight_layers
 
 
 def weight_bytes(engine: Engine) -> int:
     """Bytes of weights that one decode step reads: every linear, and the head."""
-    return sum(m.nbytes for m in engine.model.modules() if hasattr(m, "nbytes") and not any(hasattr(c, "nbytes") for c in m.children()))
+    return sum(layer.nbytes for layer in weight_layers(engine.model))
 
 
 def kernel_names(engine: Engine) -> list[str]:
     """The kernels that the model's linears run."""
-    return sorted({m.kernel_name() if hasattr(m, "kernel_name") else "torch" for m in engine.model.modules() if hasattr(m, "out_features") and not isinstance(m, nn.ModuleList)})  # fmt: skip
+    return sorted({layer.kernel_name() for layer in weight_layers(engine.model)})
 
 
 def peak_rss_mib() -> float:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 
 from . import models
 from .formats import Checkpoint
+from .layers import weight_layers
 from .loader import quantization
 
 
@@ -18,13 +17,11 @@ def describe(checkpoint: Checkpoint) -> dict:
     linears = tuple(f"model.layers.{i}.{name}." for i in range(c.num_hidden_layers) for name in arch.LINEARS)
     weights = c.num_hidden_layers * sum(n * k for n, k in map(c.linear_shape, arch.LINEARS))
     linear_bytes = outliers = 0
-    dtypes: Counter[str] = Counter()
     for name in checkpoint.names():
         t = checkpoint.get(name)
         if t.is_floating_point() and not torch.isfinite(t).all():
             checkpoint.float(name, tuple(t.shape))  # raises, with the count
         size = t.numel() * t.element_size()
-        dtypes[str(t.dtype)[6:]] += size
         if name.startswith(linears):
             linear_bytes += size
             outliers += t.numel() if name.endswith(".outlier_value") else 0
@@ -51,5 +48,5 @@ def describe(checkpoint: Checkpoint) -> dict:
 
 def linear_bits(model: torch.nn.Module) -> float:
     """Bits per weight of a loaded model's block linears, with scales, zeros, outliers and their indices."""
-    layers = [m for m in model.blocks.modules() if hasattr(m, "nbytes") and not any(hasattr(c, "nbytes") for c in m.children())]
+    layers = weight_layers(model.blocks)
     return 8 * sum(m.nbytes for m in layers) / sum(m.in_features * m.out_features for m in layers)

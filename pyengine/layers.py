@@ -32,6 +32,10 @@ class Dense(nn.Module):
         return y if out is None else out.copy_(y)
 
 
+    def kernel_name(self) -> str:
+        return "torch"
+
+
 class SideBySide(nn.Module):
     """Several linears over the same input whose formats differ; their outputs stand side by side."""
 
@@ -39,7 +43,6 @@ class SideBySide(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.out_features, self.in_features = sum(p.out_features for p in parts), parts[0].in_features
-        self.nbytes = sum(p.nbytes for p in parts)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: Program | None = None) -> Tensor:
         y = x.new_empty(x.shape[0], self.out_features) if out is None else out
@@ -61,6 +64,11 @@ def linear(weights: Sequence[QTensor | tuple[Tensor, Tensor | None]], act_bits: 
         biases = [b for _, b in weights]
         return Dense(torch.cat([w for w, _ in weights]), None if biases[0] is None else torch.cat(biases))
     return SideBySide([Linear(w, act_bits, kernel) if isinstance(w, QTensor) else Dense(*w) for w in weights])
+
+
+def weight_layers(module: nn.Module) -> list[Linear | Dense]:
+    """The layers of a module that multiply by a weight; `nbytes` of each is what one decode step reads."""
+    return [m for m in module.modules() if isinstance(m, (Linear, Dense))]
 
 
 class Embedding(nn.Module):
