@@ -16,7 +16,8 @@
 namespace pe {
 namespace {
 
-constexpr int64_t kBatch = 4;
+constexpr int64_t kBatch = 4;  // tokens from which on the outliers' lanes are tokens
+constexpr int kTiles = 4;      // tiles that one token is multiplied with at once
 
 template <class V>
 struct QLinearTile {
@@ -196,15 +197,16 @@ struct QLinearTile {
     V::store(y_row(i) + at, v, count);
   }
 
-  // Tokens in blocks of V::tokens, then 4, then 1; tiles in blocks that fill the registers left.
+  // Tiles by two beside several tokens, by four beside one. The totals of all groups are touched once a group and may wait in L1.
   template <int bits, bool integer, int M>
   void rows(int64_t i, int64_t begin, int64_t end) const {
-    constexpr int T = M == 1 ? V::tiles : 1;
+    constexpr int T = M == 1 ? kTiles : 2;
     int64_t t = begin;
     for (; t + T <= end; t += T) block<bits, integer, M, T>(i, t);
     for (; t < end; ++t) block<bits, integer, M, 1>(i, t);
   }
 
+  // Tokens in blocks of V::tokens, then 4, then 1.
   template <int bits, bool integer>
   void tokens(int64_t begin, int64_t end) const {
     int64_t i = 0;
@@ -267,7 +269,7 @@ struct QLinearTile {
     // Four pieces a thread: enough to even out skewed outliers, few enough that each stays a long stream.
     const int64_t pieces = 4 * pe::threads();
     int64_t grain = (tiles + pieces - 1) / pieces;
-    grain = (grain + V::tiles - 1) / V::tiles * V::tiles;
+    grain = (grain + kTiles - 1) / kTiles * kTiles;
     parallel_for(tiles, grain, [&](int64_t begin, int64_t end) {
       tokens<bits, integer>(begin, end);
       const int64_t last = end * V::lanes;

@@ -13,8 +13,8 @@ struct Avx512 {
   static constexpr int lanes = 16;
   static constexpr Arch arch = Arch::avx512;
   static constexpr Layout layout = Layout::tile16;
-  // Tokens and tiles that a matrix kernel holds in 32 registers at once: a token's sum and its running total are two of them.
-  static constexpr int tokens = 8, tiles = 4;
+  // Tokens that a matrix kernel takes at once, beside two tiles: 16 sums, two codes and an activation out of 32 registers.
+  static constexpr int tokens = 8;
 
   using F = __m512;
   using I = __m512i;
