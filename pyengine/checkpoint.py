@@ -1,6 +1,6 @@
 """Writing PyEngine checkpoints so that a crash, a full disk or Ctrl-C never leaves one that loads.
 
-OUT.partial/ collects safetensors shards, one a part of the model, and OUT.partial/work/ whatever a method keeps between
+OUT.partial collects safetensors shards, one a part of the model, and its folder `work` whatever a method keeps between
 steps. Every file is written under a temporary name, flushed to the disk and renamed. `config.json`, without which nothing
 loads, is written last; then the directory is renamed to OUT. Nothing in a file depends on the time, the machine or
 the order of a dictionary: the same inputs give the same bytes.

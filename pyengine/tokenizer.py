@@ -13,23 +13,21 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import sentencepiece
 import tokenizers
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from .chat_template import read_template, render
 from .errors import CheckpointError
 from .formats import Checkpoint, read_json
 
 # Special tokens that end a turn: no running text contains them, whether or not the configuration lists them.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 TYPES = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of tokens in GGUF, numbered as in SentencePiece
 SPECIAL_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # Hugging Face's word: GGUF's
 # Text is cut into words before merging; by `tokenizer.ggml.pre`. {} is how many digits stay together.
@@ -128,10 +126,8 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written in it become their ids; `special` adds the beginning-of-text token."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as e:  # bytes of a command line that are no UTF-8 arrive as lone surrogates
-            raise ValueError(f"the text is not Unicode: character {e.start} is {text[e.start]!r}") from e
+        if lone := LONE_SURROGATE.search(text):  # what bytes of a command line become that are no UTF-8
+            raise ValueError(f"the text is not Unicode: character {lone.start()} is {lone[0]!r}")
         return ([self.bos_id] if special and self.add_bos else []) + self.backend.encode(text)
 
     def decode(self, ids: list[int], special: bool = False) -> str:
@@ -150,10 +146,7 @@ class Tokenizer:
         if self.template is None:
             raise ValueError("the model has no chat template; it is not a chat model")
         named = {key: value for key, value in self.config.items() if key.endswith("_token") and isinstance(value, str)}
-        try:
-            return _compile(self.template).render(messages=messages, add_generation_prompt=add_generation_prompt, **named)
-        except Exception as e:  # a template is a program: it may raise anything
-            raise ValueError(f"the chat template failed: {type(e).__name__}: {e}") from e
+        return render(self.template, messages=messages, add_generation_prompt=add_generation_prompt, **named)
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of `chat(messages)`, with one beginning-of-text token where the model asks for it."""
@@ -209,19 +202,6 @@ class Stream:
         return self.decode(self.context + self.pending)[len(self.decode(self.context)) :]
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    # Jinja's own tojson escapes < and > for web pages.
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **({"ensure_ascii": False} | options))
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer of a checkpoint; CheckpointError if it has none, is damaged, or has ids that the embedding lacks."""
     limit = (checkpoint.shapes.get("model.embed_tokens.weight") or (checkpoint.config.get("vocab_size"),))[0]
@@ -254,7 +234,7 @@ def _from_directory(checkpoint: Checkpoint, limit: int) -> Tokenizer:
     bos_id = prefix[0] if prefix and bos_id is None else bos_id
     add_bos = bool(config.get("add_bos_token", bos_id in prefix)) and bos_id is not None
     eos_ids = {eos_id} | _id_set(generation.get("eos_token_id")) | _id_set(checkpoint.config.get("eos_token_id"))
-    return Tokenizer(backend, bos_id, eos_ids - {None}, add_bos, limit, _read_template(path, config), config, generation)
+    return Tokenizer(backend, bos_id, eos_ids - {None}, add_bos, limit, read_template(path, config), config, generation)
 
 
 def _read_backend(path: Path, config: dict[str, Any], added: dict[str, Any]) -> Words | Pieces:
@@ -298,20 +278,6 @@ def _id_set(value: Any) -> set[int | None]:
     if not all(i is None or type(i) is int for i in ids):
         raise CheckpointError(f"eos_token_id is {value!r:.80}, expected an id or a list of ids")
     return set(ids)
-
-
-def _read_template(path: Path, config: dict[str, Any]) -> str | None:
-    if (path / "chat_template.jinja").is_file():
-        try:
-            return (path / "chat_template.jinja").read_text(encoding="utf-8")
-        except UnicodeDecodeError as e:
-            raise CheckpointError(f"chat_template.jinja: {e}") from e
-    found = config.get("chat_template")
-    named = found if isinstance(found, list) else [{"name": "default", "template": found}]
-    template = next((t.get("template") for t in named if isinstance(t, dict) and t.get("name") == "default"), None)
-    if not isinstance(template, (str, type(None))):
-        raise CheckpointError(f"tokenizer_config.json: chat_template is {template!r}, expected a string")
-    return template
 
 
 def _from_gguf(checkpoint: Checkpoint, limit: int) -> Tokenizer:
