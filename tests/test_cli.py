@@ -158,6 +158,8 @@ def test_bad_models(run, stories, tmp_path, demo_gguf):
     assert "layers.0.self_attn.q_proj.weight: shape [64, 64], expected [128, 64]" in broken("shape", config(head_dim=16))
     assert f"{q}: 1 of 4096 values are NaN" in broken("nan", tensors(lambda s: s[q].view(-1)[7].fill_(float("nan"))))
     assert q in broken("missing", tensors(lambda s: s.pop(q)))
+    undeclared = tensors(lambda s: s.update({q.replace("weight", "bias"): s[q][0].clone()}))
+    assert "q_proj.bias: there, but config.json says that the layer has none" in broken("undeclared", undeclared)
     for keep in (0, 5, 1000, 500_000):
         assert "model.safetensors" in broken(f"cut{keep}", lambda f, keep=keep: cut(f, keep))
     half = tmp_path / "half.gguf"

@@ -40,8 +40,8 @@ def test_qlinear_matches_the_oracle(kernel, bits, act_bits, mask):
             for m in TOKENS:
                 if m * n * k > 4_000_000:
                     continue
-                x = torch.randn(m, k)
-                assert error(layer(x), oracle(x)) <= 1e-5, (n, k, group, asymmetric, m)
+                x, residual = torch.randn(m, k), torch.randn(m, n) * 3
+                assert error(layer(x, residual=residual), oracle(x, residual=residual)) <= 1e-5, (n, k, group, asymmetric, m)
 
 
 @pytest.mark.parametrize("bits", (4, 8))
@@ -193,6 +193,15 @@ def test_silu_mul(kernel):
                 x[0, 0], x[-1, n - 1] = 200.0, -200.0
             expected = torch.nn.functional.silu(x.double()[:, :n]) * x.double()[:, n:]
             assert error(ops.silu_mul(x, kernel=kernel), expected) <= 1e-6, (m, n)
+
+
+@pytest.mark.parametrize("kernel", rows("SiluMul"))
+def test_silu_of_negative_gates_has_all_its_digits(kernel):
+    """There the result is the exponential itself, where a large gate hides it behind a sigmoid of 1."""
+    gate = torch.linspace(-80, -0.5, 1000)[None]
+    expected = torch.nn.functional.silu(gate.double())
+    y = ops.silu_mul(torch.cat((gate, torch.ones_like(gate)), 1), kernel=kernel)
+    assert ((y.double() - expected) / expected).abs().max() <= 1e-6
 
 
 def kv(slots: int, kv_heads: int, length: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
