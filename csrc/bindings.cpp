@@ -127,5 +127,4 @@ PYBIND11_MODULE(_C, m) {
   bind_attention(m, program);
   m.def("threads", &threads);
   m.def("set_threads", &set_threads);
-  m.attr("cuda_built") = PE_CUDA_BUILT != 0;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,10 @@ def test_emulated_kernels(tmp_path):
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DPYENGINE_CUDA=OFF"]
     options += ["-DPYENGINE_EMULATE_AVX512=ON", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={tmp_path}"]
     build = tmp_path / "build"
+    # cmake and ninja come with the test extra, into a virtual environment that need not be on PATH.
+    environment = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
     for command in (["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], ["cmake", "--build", build]):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     module = next(tmp_path.glob("_C*.so"))
     tests = [ROOT / "tests" / "test_kernels.py", "-k", "avx512 or packing", f"--native-module={module}", "-p", "no:cacheprovider"]
     done = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, capture_output=True, text=True)
