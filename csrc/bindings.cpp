@@ -7,6 +7,7 @@
 
 #include "cpu/threads.h"
 #include "dispatch.h"
+#include "pages.h"
 
 namespace py = pybind11;
 using namespace pe;
@@ -70,12 +71,23 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
   auto c = bind<QLinear>(m, program, "QLinear");
   c.def_readwrite("m", &QLinear::m).def_readwrite("n", &QLinear::n).def_readwrite("k", &QLinear::k).def_readwrite("group", &QLinear::group);
   c.def_readwrite("bits", &QLinear::bits).def_readwrite("act_bits", &QLinear::act_bits).def_readwrite("scale_f32", &QLinear::scale_f32);
+  c.def_readwrite("gated", &QLinear::gated);
   c.def_readwrite("x_stride", &QLinear::x_stride).def_readwrite("y_stride", &QLinear::y_stride);
   c.def_property("layout", [](const QLinear& q) { return int(q.layout); }, [](QLinear& q, int v) { q.layout = Layout(v); });
   pointer(c, "x", &QLinear::x), pointer(c, "y", &QLinear::y), pointer(c, "residual", &QLinear::residual), pointer(c, "bias", &QLinear::bias);
   pointer(c, "weight", &QLinear::weight), pointer(c, "scale", &QLinear::scale), pointer(c, "zero", &QLinear::zero);
   pointer(c, "outlier_row", &QLinear::outlier_row), pointer(c, "outlier_col", &QLinear::outlier_col);
   pointer(c, "outlier_value", &QLinear::outlier_value), pointer(c, "workspace", &QLinear::workspace);
+  pointer(c, "outlier_band", &QLinear::outlier_band), pointer(c, "outlier_run", &QLinear::outlier_run);
+  pointer(c, "outlier_vector", &QLinear::outlier_vector);
+  c.def("outlier_bytes", [](const QLinear& q, int layout) {
+    const OutlierBytes b = outlier_bytes(q, Layout(layout));
+    return py::make_tuple(b.band, b.run, b.vector);
+  });
+  c.def("pack_outliers", [](const QLinear& q, int layout, uintptr_t band, uintptr_t run, uintptr_t vector) {
+    py::gil_scoped_release release;
+    pack_outliers(q, Layout(layout), reinterpret_cast<OutlierBand*>(band), reinterpret_cast<OutlierRun*>(run), reinterpret_cast<uint8_t*>(vector));
+  });
   c.def("workspace_bytes", [](const QLinear& q) { return workspace_bytes(q); });
   c.def("target_layout", [](const QLinear& q, const std::string& kernel) { return int(choose(q, kernel).layout); }, py::arg("kernel") = "");
   c.def("packed_bytes", [](const QLinear& q, int layout) {
@@ -93,9 +105,13 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
 }
 
 void bind_elementwise(py::module_& m, py::class_<Program>& program) {
+  auto embedding = bind<Embedding>(m, program, "Embedding");
+  embedding.def_readwrite("m", &Embedding::m).def_readwrite("table", &Embedding::table);
+  pointer(embedding, "token", &Embedding::token), pointer(embedding, "y", &Embedding::y);
   auto norm = bind<RmsNorm>(m, program, "RmsNorm");
   norm.def_readwrite("m", &RmsNorm::m).def_readwrite("n", &RmsNorm::n).def_readwrite("eps", &RmsNorm::eps);
   pointer(norm, "x", &RmsNorm::x), pointer(norm, "weight", &RmsNorm::weight), pointer(norm, "y", &RmsNorm::y);
+  pointer(norm, "row", &RmsNorm::row);
   auto silu = bind<SiluMul>(m, program, "SiluMul");
   silu.def_readwrite("m", &SiluMul::m).def_readwrite("n", &SiluMul::n);
   pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y);
@@ -113,9 +129,11 @@ void bind_attention(py::module_& m, py::class_<Program>& program) {
   auto attention = bind<Attention>(m, program, "Attention");
   attention.def_readwrite("m", &Attention::m).def_readwrite("heads", &Attention::heads).def_readwrite("kv_heads", &Attention::kv_heads);
   attention.def_readwrite("head_dim", &Attention::head_dim).def_readwrite("q_stride", &Attention::q_stride);
-  attention.def_readwrite("y_stride", &Attention::y_stride).def_readwrite("scale", &Attention::scale).def_readwrite("cache", &Attention::cache);
+  attention.def_readwrite("y_stride", &Attention::y_stride).def_readwrite("scale", &Attention::scale).def_readwrite("exact", &Attention::exact).def_readwrite("cache", &Attention::cache);
   pointer(attention, "q", &Attention::q), pointer(attention, "y", &Attention::y);
   pointer(attention, "slot", &Attention::slot), pointer(attention, "position", &Attention::position);
+  pointer(attention, "workspace", &Attention::workspace);
+  attention.def("workspace_bytes", [](const Attention& a) { return workspace_bytes(a); });
 }
 
 }  // namespace
@@ -125,6 +143,7 @@ PYBIND11_MODULE(_C, m) {
   bind_qlinear(m, program);
   bind_elementwise(m, program);
   bind_attention(m, program);
+  m.def("advise_large_pages", [](uintptr_t p, size_t bytes) { advise_large_pages(reinterpret_cast<void*>(p), bytes); });
   m.def("threads", &threads);
   m.def("set_threads", &set_threads);
 }

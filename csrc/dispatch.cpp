@@ -1,6 +1,12 @@
 // The tables of kernels and what this machine's processor offers.
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pe {
 
 template <class Op>
@@ -15,15 +21,37 @@ Row<Op>::Row(Kernel<Op> kernel) {
 }
 
 template std::vector<Kernel<QLinear>>& kernels();
+template std::vector<Kernel<Embedding>>& kernels();
 template std::vector<Kernel<RmsNorm>>& kernels();
 template std::vector<Kernel<SiluMul>>& kernels();
 template std::vector<Kernel<RopeKV>>& kernels();
 template std::vector<Kernel<Attention>>& kernels();
 template struct Row<QLinear>;
+template struct Row<Embedding>;
 template struct Row<RmsNorm>;
 template struct Row<SiluMul>;
 template struct Row<RopeKV>;
 template struct Row<Attention>;
+
+#if defined(__x86_64__)
+namespace {
+
+// AMX takes the processor (CPUID leaf 7: tiles and their bf16 products; subleaf 1: vectors of bf16) and the kernel's leave to use its
+// 8 KiB of registers, which a process asks for once.
+bool amx_works() {
+  unsigned a, b, c, d, a1, b1, c1, d1;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) return false;
+  if (!(d >> 22 & 1) || !(d >> 24 & 1) || !(a1 >> 5 & 1)) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+#endif
 
 const char* missing(Arch arch) {
 #if defined(__x86_64__)
@@ -42,6 +70,13 @@ const char* missing(Arch arch) {
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")
                  ? nullptr
                  : "this CPU has no AVX-512 with VNNI";
+    case Arch::amx: {
+#if defined(PE_EMULATE_AVX512)
+      return nullptr;
+#endif
+      static const bool works = !missing(Arch::avx512) && amx_works();
+      return works ? nullptr : "this CPU has no AMX with bf16, or the kernel does not grant it";
+    }
   }
 #endif
   return arch == Arch::any ? nullptr : "not an x86-64 CPU";

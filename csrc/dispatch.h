@@ -13,12 +13,12 @@ namespace pe {
 enum class Device : int { cpu, cuda };
 
 // What a row needs from the processor it runs on.
-enum class Arch : int { any, avx2, avx512 };
+enum class Arch : int { any, avx2, avx512, amx };
 
 // Null if this machine has what `arch` needs, else what is missing.
 const char* missing(Arch arch);
 
-// Ranks: 0 reference, 1 general, 2 specialised, 3 architecture-specific.
+// Ranks: 0 reference, 1 general, 2 specialised, 3 architecture-specific, 4 on matrix units.
 template <class Op>
 struct Kernel {
   const char* name;

@@ -14,12 +14,31 @@ namespace pe {
 //              input b of four. scale, zero [n/R][k/group][R]. n is padded to R with scale 0, k to 8 with code 0.
 enum class Layout : int { canonical = 0, tile8 = 8, tile16 = 16 };
 
+// How outliers lie beside a tiled weight, for kernels that take R outputs or R outliers at a time. Masks chosen by gradients are so
+// uneven (some outputs have none, some are full) that rows cut to one length waste more than they hold, and loops over the rows of
+// a CSR matrix mispredict at every end. So in each band of 128 outputs
+//   every R outliers of an output make a vector of their own (OutlierRun: `vectors` of them, one after another);
+//   what an output has left, fewer than R, goes by groups: outputs sorted by that number, R to a group, lane i of each of the group's
+//   `steps` vectors for the group's output i. Outputs that run out are filled up with column 0 and value 0.
+// A vector is R columns (u16, or i32 if k > 65536), then R values (f16). First the runs' vectors of a band, then its groups'.
+struct OutlierBand {
+  static constexpr int64_t rows = 128;
+  uint32_t first_vector, first_run, runs;
+  uint8_t steps[rows / 8];  // of each group; only rows / R are used
+  uint8_t row[rows];        // within the band, in the order of the groups; what is beyond n has no outliers
+};
+struct OutlierRun {
+  uint32_t row, vectors;    // row within the band
+};
+
 // y[m,n] = x[m,k] · w[n,k]ᵀ (+ bias) (+ residual),  w = scale · (code − zero), outlier values in their places.
-// act_bits 16: x is used as it is. act_bits 8: each token is quantized to codes in −127…127 with scale max|x|/127, the products
-// with the weight's codes are summed exactly in int32 over a group; outliers multiply the unquantized x. A token with NaN or
-// infinity gives NaN.
-// Bound: ‖y − oracle‖ ≤ 1e-5 ‖oracle‖ per token for f32 sums (either act_bits, given the same activation codes).
-// Sums do not depend on m or on the number of threads: a token's result has the same bits in any batch.
+// gated: y[m,n/2] = silu(g) · u instead, where g and u are the first and the second half of those n columns; no residual.
+// act_bits 16: a kernel may use x as f32, as 16-bit fixed point with a scale a group, or (from 16 tokens on) x and w as bf16.
+// act_bits 8: each token is quantized to codes in −127…127 with scale max|x|/127, the products with the weight's codes are summed
+// exactly in int32 over a group; outliers multiply the unquantized x. A token with NaN or infinity gives NaN.
+// Bound on ‖y − oracle‖ / ‖oracle‖ for normally distributed x: 1e-5 with f32 or 8-bit codes, 1e-4 with fixed point (an input that
+// towers over its group costs the others of the group digits), 5e-3 with bf16.
+// Sums do not depend on the number of threads, nor on m for one kernel: its result for a token has the same bits in any batch.
 struct QLinear {
   int64_t m = 0, n = 0, k = 0;
   int64_t group = 0;               // inputs that share a scale: 32, 64, 128 or k
@@ -31,6 +50,7 @@ struct QLinear {
   int64_t x_stride = 0;
   float* y = nullptr;
   int64_t y_stride = 0;
+  bool gated = false;
   const float* residual = nullptr; // nullable; laid out as y, may be y
   const float* bias = nullptr;     // nullable f32[n]
   const uint8_t* weight = nullptr;
@@ -40,13 +60,26 @@ struct QLinear {
   const int32_t* outlier_row = nullptr;    // [n+1]
   const void* outlier_col = nullptr;       // [nnz]
   const uint16_t* outlier_value = nullptr; // f16[nnz]
+  // The same outliers as pack_outliers() orders them, nullable together; for kernels of a tile layout.
+  const OutlierBand* outlier_band = nullptr;
+  const OutlierRun* outlier_run = nullptr;
+  const uint8_t* outlier_vector = nullptr;
   void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned
 };
 
-// y[m,n] = x[m,n] / sqrt(mean(x²) + eps) · weight[n].  Bound: 1e-6 relative.
+// y[m,k] = rows token[m] of a table of `table.n` rows: its weights alone are read, in any layout.
+struct Embedding {
+  int64_t m = 0;
+  QLinear table;
+  const int64_t* token = nullptr;
+  float* y = nullptr;
+};
+
+// y[m,n] = v / sqrt(mean(v²) + eps) · weight[n] with v = x[row[i], :], or x[i, :] without `row`.  Bound: 1e-6 relative.
 struct RmsNorm {
   int64_t m = 0, n = 0;
   const float* x = nullptr;
+  const int64_t* row = nullptr;  // nullable [m]
   const float* weight = nullptr;
   float* y = nullptr;
   float eps = 0;
@@ -81,7 +114,8 @@ struct RopeKV {
 };
 
 // y[m, heads·head_dim] = softmax(q·kᵀ·scale)·v: row i sees positions 0…position[i] of slot[i]. One op for prefill, decode and a mix;
-// prefill is quick where neighbouring rows share a slot. head_dim ≤ 256.  Bound: 1e-5 relative.
+// prefill is quick where neighbouring rows share a slot. head_dim ≤ 256.  Bound: 1e-5 relative; from 16 rows on 1e-2, with bf16, unless
+// `exact` forbids it.
 struct Attention {
   int64_t m = 0, heads = 0, kv_heads = 0, head_dim = 0;
   const float* q = nullptr;
@@ -89,9 +123,22 @@ struct Attention {
   float* y = nullptr;
   int64_t y_stride = 0;
   float scale = 0;
+  bool exact = false;
   const int32_t* slot = nullptr;
   const int32_t* position = nullptr;
   KVCache cache;
+  void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned
+};
+
+// What a kernel for few rows keeps of a part of the keys for some query heads of one row: the maximum of their scores, and the sum of
+// weights and of weighted values relative to it.
+constexpr int64_t kFewRows = 16;   // below this a row's keys are shared out in segments
+constexpr int64_t kSegment = 256;  // keys
+constexpr int64_t kHeadDim = 256;  // the largest head_dim of the vector kernels
+constexpr int64_t kTogether = 4;   // query heads: with values and weights they fill AVX2's 16 registers
+struct alignas(64) Seen {
+  float out[kTogether][kHeadDim];
+  float top[kTogether], sum[kTogether];
 };
 
 // Tokens that a kernel takes at a time; it bounds the workspace whatever m is.
@@ -99,6 +146,7 @@ constexpr int64_t kChunk = 256;
 
 // Bytes of workspace that any kernel may ask for.
 size_t workspace_bytes(const QLinear& op);
+size_t workspace_bytes(const Attention& op);
 
 // Bytes of the packed weight, scale and zero of `op` in a tile layout.
 struct PackedBytes {
@@ -109,5 +157,12 @@ PackedBytes packed_bytes(const QLinear& op, Layout layout);
 // Packs the canonical weight, scale and zero of `op` into `layout`; unpack is the exact inverse. zero may be null in both.
 void pack(const QLinear& op, Layout layout, uint8_t* weight, void* scale, uint8_t* zero);
 void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero);
+
+// Bytes of the bands, runs and vectors of the outliers of `op` beside a tile layout; and their packing.
+struct OutlierBytes {
+  size_t band, run, vector;
+};
+OutlierBytes outlier_bytes(const QLinear& op, Layout layout);
+void pack_outliers(const QLinear& op, Layout layout, OutlierBand* band, OutlierRun* run, uint8_t* vector);
 
 }  // namespace pe

@@ -82,10 +82,17 @@ void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
   tile_all(op, rows, scale, zero, true);
 }
 
-// Per token of a chunk: x as f32 and as i8, each padded to 8 inputs, the sums of a group, a scale, and x transposed in blocks of 16.
+// Per token of a chunk: x as f32 and as two planes of i8, each padded to 8 inputs, two sums and a scale a group, x transposed in blocks
+// of 16, and the columns that are still to be gated.
 size_t workspace_bytes(const QLinear& op) {
   const size_t m = size_t(round_up(std::min(op.m, kChunk), 16)), k = size_t(round_up(op.k, 8)), groups = size_t(op.k / op.group);
-  return m * (k * 4 + k + groups * 4 + 4 + k * 4) + 5 * 64;
+  return m * (k * 4 + 2 * k + groups * 12 + k * 4 + (op.gated ? size_t(op.n) * 4 : 0)) + 6 * 64;
+}
+
+size_t workspace_bytes(const Attention& op) {
+  if (op.m >= kFewRows || op.head_dim > kHeadDim) return 0;
+  const int64_t length = op.cache.head_stride / op.head_dim, parts = (op.heads / op.kv_heads + kTogether - 1) / kTogether;
+  return size_t(op.m * op.kv_heads * parts * (length / kSegment + 1)) * sizeof(Seen);
 }
 
 }  // namespace pe

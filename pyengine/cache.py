@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import memory
 from .ops import KV_DTYPE
 
 
@@ -15,7 +16,7 @@ class KVCache:
 
     def __init__(self, layers: int, slots: int, kv_heads: int, length: int, head_dim: int):
         self.slots, self.length = slots, length
-        self.data = torch.empty(layers, 2, slots, kv_heads, length, head_dim, dtype=KV_DTYPE)
+        self.data = memory.empty(layers, 2, slots, kv_heads, length, head_dim, dtype=KV_DTYPE)
         self._views = [(layer[0], layer[1]) for layer in self.data]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

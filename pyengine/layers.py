@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import Linear, stack
-from .ops import Program
+from .ops import Program, silu_mul
 from .qtensor import QTensor
 
 
@@ -32,7 +32,7 @@ class Dense(nn.Module):
         return y if out is None else out.copy_(y)
 
 
-    def kernel_name(self) -> str:
+    def kernel_name(self, tokens: int = 1) -> str:
         return "torch"
 
 
@@ -54,13 +54,29 @@ class SideBySide(nn.Module):
         return y
 
 
-def linear(weights: Sequence[QTensor | tuple[Tensor, Tensor | None]], act_bits: int = 16, kernel: str = "") -> nn.Module:
-    """One layer for the weights of a site: quantized ones as QTensor, float ones as (w, bias); joined where their formats agree."""
+class Gated(nn.Module):
+    """silu(g)·u of a layer whose outputs are g beside u, where the layer cannot do it itself."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, out: Tensor | None = None, program: Program | None = None) -> Tensor:
+        return silu_mul(self.layer(x, program=program), out=out, program=program)
+
+
+def linear(weights: Sequence[QTensor | tuple[Tensor, Tensor | None]], act_bits: int = 16, kernel: str = "", gated: bool = False) -> nn.Module:
+    """One layer for the weights of a site: quantized ones as QTensor, float ones as (w, bias); joined where their formats agree.
+
+    `gated`: the weights are a gate's and what it gates, and the layer returns silu(g)·u.
+    """
     if all(isinstance(w, QTensor) for w in weights):
         joined = weights[0] if len(weights) == 1 else stack(weights)
         if joined is not None:
-            return Linear(joined, act_bits, kernel)
-    elif not any(isinstance(w, QTensor) for w in weights):
+            return Linear(joined, act_bits, kernel, gated)
+    if gated:
+        return Gated(linear(weights, act_bits, kernel))
+    if not any(isinstance(w, QTensor) for w in weights):
         biases = [b for _, b in weights]
         return Dense(torch.cat([w for w, _ in weights]), None if biases[0] is None else torch.cat(biases))
     return SideBySide([Linear(w, act_bits, kernel) if isinstance(w, QTensor) else Dense(*w) for w in weights])
@@ -72,14 +88,15 @@ def weight_layers(module: nn.Module) -> list[Linear | Dense]:
 
 
 class Embedding(nn.Module):
-    """Rows of a float w[vocab, hidden] or of a quantized one, which a tied head shares."""
+    """Rows of a float w[vocab, hidden], or of a quantized linear's weights, which a tied head shares."""
 
-    def __init__(self, weight: Tensor | QTensor):
+    def __init__(self, weight: Tensor | Linear):
         super().__init__()
         self.weight = weight
+        self.recordable = isinstance(weight, Linear)
 
-    def forward(self, token: Tensor) -> Tensor:
-        """token i64[m] → f32[m, hidden]."""
-        if isinstance(self.weight, QTensor):
-            return self.weight.dequantize(token)
-        return self.weight[token].float()
+    def forward(self, token: Tensor, out: Tensor, program: Program | None = None) -> Tensor:
+        """token i64[m] → out f32[m, hidden]."""
+        if isinstance(self.weight, Linear):
+            return self.weight.rows(token, out, program)
+        return out.copy_(self.weight[token])

@@ -13,41 +13,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import _C, ops
+from . import _C, memory, ops
 from .qtensor import QTensor, fit_group
 
-_workspace = torch.empty(0, dtype=torch.uint8)  # shared by all layers: ops run one after another
-
-
-def _workspace_of(size: int) -> Tensor:
-    global _workspace
-    if _workspace.numel() < size + 64:
-        _workspace = torch.empty(size + 64, dtype=torch.uint8)
-    return _workspace
+CANONICAL = ("weight", "scale", "zero")  # tensors that are packed anew for most kernels
 
 
 class Linear(nn.Module):
     """y = x·wᵀ + bias with a quantized w of n outputs and k inputs.
 
-    act_bits 16 uses x as it is, 8 quantizes every token to INT8 on the fly. `kernel` forces a row of the dispatch table by name and
-    raises RuntimeError if it refuses; `kernel_name()` says which row runs.
+    act_bits 16 keeps x at 16 bits or more, 8 quantizes every token to INT8 on the fly. `gated` returns silu(g)·u instead, where g and u
+    are the two halves of those outputs. `kernel` forces a row of the dispatch table by name and raises RuntimeError if it refuses;
+    `kernel_name()` says which row runs.
     """
 
-    def __init__(self, weight: QTensor, act_bits: int = 16, kernel: str = ""):
+    def __init__(self, weight: QTensor, act_bits: int = 16, kernel: str = "", gated: bool = False):
         super().__init__()
         if act_bits not in (8, 16):
             raise ValueError(f"Linear: act_bits is {act_bits}, expected 8 or 16")
+        if gated and weight.n % 2:
+            raise ValueError(f"Linear: {weight.n} outputs cannot be gated, they have no halves")
         weight.check()
-        self.in_features, self.out_features = weight.k, weight.n
+        self.in_features, self.out_features = weight.k, weight.n // 2 if gated else weight.n
         self.bits, self.group, self.outliers, self.nbytes = weight.container, weight.group, weight.outliers, weight.nbytes
         self.kernel = kernel
         self._op = op = _C.QLinear()
         op.n, op.k, op.group, op.bits, op.act_bits = weight.n, weight.k, weight.group, weight.container, act_bits
-        op.scale_f32 = weight.scale.dtype == torch.float32
+        op.scale_f32, op.gated = weight.scale.dtype == torch.float32, gated
         self._keep(weight)
         layout = op.target_layout(kernel)
         if layout:
-            self._tensors |= dict(zip(("weight", "scale", "zero"), ops.pack(op, layout)))
+            self._tensors |= ops.pack(op, layout)
 
     def _keep(self, w: QTensor) -> None:
         """Hold the canonical tensors and point the op at them. They are no buffers: `module.to(dtype)` would free what the op points to."""
@@ -56,13 +52,15 @@ class Linear(nn.Module):
         row, value = (w.outlier_row, w.outlier_value) if w.outliers else (None, None)
         tensors = {"weight": w.weight, "scale": w.scale, "zero": w.zero, "bias": bias}
         tensors |= {"outlier_row": row, "outlier_col": col, "outlier_value": value}
-        self._tensors = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+        self._tensors = {name: None if t is None else t.contiguous() if name in CANONICAL else memory.pack(t) for name, t in tensors.items()}
         for name, t in self._tensors.items():
             setattr(self._op, name, 0 if t is None else t.data_ptr())
 
-    def kernel_name(self) -> str:
-        """The row of the dispatch table that forward runs."""
-        return self._op.choose(self.kernel)
+    def kernel_name(self, tokens: int = 1) -> str:
+        """The row of the dispatch table that forward runs for so many tokens."""
+        op = _C.QLinear(self._op)
+        op.m = tokens
+        return op.choose(self.kernel)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: ops.Program | None = None) -> Tensor:
         """x [..., k] → [..., n], in x's dtype. `residual` f32[m, n] is added; `out` f32[m, n], which may be the residual, takes the result.
@@ -78,22 +76,26 @@ class Linear(nn.Module):
             rows = rows.contiguous()
         m = rows.shape[0]
         y = rows.new_empty(m, self.out_features) if out is None else ops.check(out, "Linear: out", torch.float32, (m, self.out_features))
+        if residual is not None and self._op.gated:
+            raise ValueError("Linear: a gated result takes no residual")
         if residual is not None and (ops.check(residual, "Linear: residual", torch.float32, y.shape).stride(0) != y.stride(0)):
             raise ValueError("Linear: residual and out must have the same row stride")
         op = _C.QLinear(self._op)  # of this call: another thread may run the same layer
         op.m, op.x, op.x_stride = m, rows.data_ptr(), rows.stride(0)
         op.y, op.y_stride = y.data_ptr(), y.stride(0)
         op.residual = 0 if residual is None else residual.data_ptr()
-        workspace = _workspace_of(op.workspace_bytes())
-        op.workspace = (workspace.data_ptr() + 63) // 64 * 64
         if m:
-            ops.go(op, self.kernel, program, self, rows, y, residual, workspace)
+            ops.go(op, self.kernel, program, self, rows, y, residual, memory.workspace(op))
         return y if out is not None else y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def rows(self, token: Tensor, out: Tensor, program: ops.Program | None = None) -> Tensor:
+        """Rows token i64[m] of the weights → out f32[m, k]; with `program` recorded instead."""
+        return ops.embedding(self._op, token, out, self, program=program)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, group={self.group}, "
-            f"outliers={self.outliers}, act_bits={self._op.act_bits}, kernel={self.kernel_name()}"
+            f"outliers={self.outliers}, act_bits={self._op.act_bits}, gated={self._op.gated}, kernel={self.kernel or 'the best'}"
         )
 
     @classmethod

@@ -13,6 +13,7 @@ from .engine import Engine
 from .errors import CheckpointError
 from .formats import Checkpoint, open_checkpoint
 from .layers import Embedding, linear
+from .linear import Linear
 from .qtensor import QTensor
 from .tokenizer import load_tokenizer
 
@@ -51,15 +52,15 @@ def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> t
         prefix = f"model.layers.{i}"
         norms = [checkpoint.float(f"{prefix}.{name}.weight", (c.hidden_size,)).contiguous() for name in arch.NORMS]
         linears = [
-            linear([weight(checkpoint, f"{prefix}.{name}", *c.linear_shape(name), c.has_bias(name)) for name in site], act_bits, kernel)
-            for site in arch.SITES.values()
+            linear([weight(checkpoint, f"{prefix}.{name}", *c.linear_shape(name), c.has_bias(name)) for name in names], act_bits, kernel, site in arch.GATED)
+            for site, names in arch.SITES.items()
         ]
         blocks.append(arch.Block(c, norms, linears))
     table = weight(checkpoint, "model.embed_tokens", c.vocab_size, c.hidden_size)
-    head = table if c.tie_word_embeddings else weight(checkpoint, "lm_head", c.vocab_size, c.hidden_size)
-    embedding = Embedding(table if isinstance(table, QTensor) else table[0])
+    tied = linear([table], 16, kernel)
+    head = tied if c.tie_word_embeddings else linear([weight(checkpoint, "lm_head", c.vocab_size, c.hidden_size)], 16, kernel)
     norm = checkpoint.float("model.norm.weight", (c.hidden_size,)).contiguous()
-    return arch.Model(c, embedding, blocks, norm, linear([head], 16, kernel))
+    return arch.Model(c, Embedding(tied if isinstance(tied, Linear) else tied.weight), blocks, norm, head)
 
 
 def weight(checkpoint: Checkpoint, name: str, n: int, k: int, bias: bool = False) -> QTensor | tuple[Tensor, Tensor | None]:

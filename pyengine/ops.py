@@ -7,9 +7,9 @@ With `program=` the op is recorded instead of run. CPU activations are float32.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, float32, int32, uint8
+from torch import Tensor, float32, int32, int64, uint8
 
-from . import _C
+from . import _C, memory
 
 KV_DTYPE = torch.float16
 
@@ -39,7 +39,7 @@ def go(op, kernel: str, program: Program | None, *owners: object) -> None:
 
 def kernels() -> dict[str, list[dict]]:
     """The dispatch table: op → rows with name, device, rank, layout and what this machine is missing for them (None if nothing)."""
-    return {op.__name__: op.kernels() for op in (_C.QLinear, _C.RmsNorm, _C.SiluMul, _C.RopeKV, _C.Attention)}
+    return {op.__name__: op.kernels() for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.RopeKV, _C.Attention)}
 
 
 def threads() -> int:
@@ -71,16 +71,30 @@ def _contiguous(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]
     return t
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, kernel: str = "", program: Program | None = None) -> Tensor:
-    """x f32[m, n], weight f32[n] → f32[m, n]."""
-    m, n = x.shape
-    out = torch.empty_like(x) if out is None else out
+def embedding(table: _C.QLinear, token: Tensor, out: Tensor, owner: object, kernel: str = "", program: Program | None = None) -> Tensor:
+    """Rows token i64[m] of the weights of `table`, whose tensors `owner` keeps alive → out f32[m, k]. Tokens are the caller's to check."""
+    m = token.shape[0]
+    op = _C.Embedding()
+    op.m, op.table = m, table
+    op.token = _contiguous(token, "embedding: token", int64, (m,)).data_ptr()
+    op.y = _contiguous(out, "embedding: out", float32, (m, table.k)).data_ptr()
+    go(op, kernel, program, owner, token, out)
+    return out
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, row: Tensor | None = None, kernel: str = "", program: Program | None = None
+) -> Tensor:
+    """x f32[l, n], weight f32[n] → f32[m, n]: all l rows, or those that `row` i64[m] names, which the caller keeps below l."""
+    m, n = x.shape[0] if row is None else row.shape[0], x.shape[1]
+    out = x.new_empty(m, n) if out is None else out
     op = _C.RmsNorm()
     op.m, op.n, op.eps = m, n, eps
-    op.x = _contiguous(x, "rms_norm: x", float32, (m, n)).data_ptr()
+    op.x = _contiguous(x, "rms_norm: x", float32, (x.shape[0], n)).data_ptr()
     op.weight = _contiguous(weight, "rms_norm: weight", float32, (n,)).data_ptr()
     op.y = _contiguous(out, "rms_norm: out", float32, (m, n)).data_ptr()
-    go(op, kernel, program, x, weight, out)
+    op.row = 0 if row is None else _contiguous(row, "rms_norm: row", int64, (m,)).data_ptr()
+    go(op, kernel, program, x, weight, row, out)
     return out
 
 
@@ -131,8 +145,14 @@ def rope_kv(qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, slot: T
     go(op, kernel, program, qkv, cos, sin, k, v, slot, position)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, scale: float, out: Tensor | None = None, kernel: str = "", program: Program | None = None) -> Tensor:
-    """q f32[m, heads·head_dim] over the cache: row i sees positions 0…position[i] of slot[i] → f32[m, heads·head_dim]."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, scale: float, out: Tensor | None = None, exact: bool = False,
+    kernel: str = "", program: Program | None = None,
+) -> Tensor:  # fmt: skip
+    """q f32[m, heads·head_dim] over the cache: row i sees positions 0…position[i] of slot[i] → f32[m, heads·head_dim].
+
+    `exact` keeps to f32 where bf16 would be quicker.
+    """
     m, kv_heads, head_dim = q.shape[0], k.shape[1], k.shape[3]
     heads = q.shape[1] // head_dim
     if heads % kv_heads or heads * head_dim != q.shape[1]:
@@ -140,20 +160,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, s
     _check_rows("attention", k, v, slot, position, m)
     out = q.new_empty(m, heads * head_dim) if out is None else out
     op = _C.Attention()
-    op.m, op.heads, op.kv_heads, op.head_dim, op.scale = m, heads, kv_heads, head_dim, scale
+    op.m, op.heads, op.kv_heads, op.head_dim, op.scale, op.exact = m, heads, kv_heads, head_dim, scale, exact
     op.q, op.q_stride = check(q, "attention: q", float32, (m, heads * head_dim)).data_ptr(), q.stride(0)
     op.y, op.y_stride = check(out, "attention: out", float32, (m, heads * head_dim)).data_ptr(), out.stride(0)
     op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache(k, v)
-    go(op, kernel, program, q, k, v, slot, position, out)
+    go(op, kernel, program, q, k, v, slot, position, out, memory.workspace(op))
     return out
 
 
-def pack(op: _C.QLinear, layout: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Packed (weight u8, scale u8 bytes, zero u8) of a canonical op; points the op at them and sets its layout."""
-    sizes = op.packed_bytes(layout)
-    weight, scale, zero = (torch.empty(size, dtype=uint8) for size in sizes)
+def pack(op: _C.QLinear, layout: int) -> dict[str, Tensor | None]:
+    """The tensors of a canonical op packed for a layout, by the op's names for them; points the op at them and sets its layout."""
+    weight, scale, zero = (memory.packed((size,), uint8) for size in op.packed_bytes(layout))
     op.pack(layout, weight.data_ptr(), scale.data_ptr(), zero.data_ptr())
-    op.weight, op.scale, op.layout = weight.data_ptr(), scale.data_ptr(), layout
-    if op.zero:
-        op.zero = zero.data_ptr()
-    return weight, scale, zero if sizes[2] else None
+    tensors = {"weight": weight, "scale": scale, "zero": zero if op.zero else None}
+    if op.outlier_row:
+        parts = [memory.packed((size,), uint8) for size in op.outlier_bytes(layout)]
+        op.pack_outliers(layout, *(t.data_ptr() for t in parts))
+        tensors |= dict(zip(("outlier_band", "outlier_run", "outlier_vector"), parts))
+    for name, t in tensors.items():
+        setattr(op, name, 0 if t is None else t.data_ptr())
+    op.layout = layout
+    return tensors

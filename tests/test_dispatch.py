@@ -25,12 +25,18 @@ def test_every_op_has_an_oracle_and_no_two_rows_share_a_rank():
 
 
 def test_the_highest_rank_that_can_run_is_chosen():
-    for op in (_C.QLinear, _C.RmsNorm, _C.SiluMul, _C.RopeKV, _C.Attention):
-        best = max((r for r in op.kernels() if r["missing"] is None), key=lambda r: r["rank"])
-        assert op().choose() == best["name"]
-    assert Linear(random_weight(8, 64, 32)).kernel_name() == max(
-        (r for r in _C.QLinear.kernels() if r["missing"] is None), key=lambda r: r["rank"]
-    )["name"]  # fmt: skip
+    def best(op, most=99):
+        return max((r for r in op.kernels() if r["missing"] is None and r["rank"] <= most), key=lambda r: r["rank"])["name"]
+
+    for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.RopeKV):
+        assert op().choose() == best(op)
+    layer = Linear(random_weight(8, 64, 32))
+    assert layer.kernel_name(1) == layer.kernel_name(15) == best(_C.QLinear, most=3)
+    assert layer.kernel_name(16) == layer.kernel_name(4096) == best(_C.QLinear)
+    assert Linear(random_weight(8, 64, 32), act_bits=8).kernel_name(16) == best(_C.QLinear, most=3)
+    attention = _C.Attention()
+    for attention.m, attention.head_dim, most in ((15, 64, 3), (16, 64, 99), (16, 80, 3)):
+        assert attention.choose() == best(_C.Attention, most)
 
 
 def test_a_kernel_that_cannot_run_says_why():
@@ -43,11 +49,26 @@ def test_a_kernel_that_cannot_run_says_why():
     big = torch.zeros(1, 2 * 512)
     k = torch.zeros(1, 1, 4, 512).half()
     where = torch.zeros(1, dtype=torch.int32)
-    vector = max(_C.Attention.kernels(), key=lambda r: (r["missing"] is None, r["rank"]))
+    vector = max((r for r in _C.Attention.kernels() if r["rank"] < 4), key=lambda r: (r["missing"] is None, r["rank"]))
     if vector["rank"]:
         with pytest.raises(RuntimeError, match="head_dim is above 256"):
             ops.attention(big, k, k, where, where, 1.0, kernel=vector["name"])
     assert ops.attention(big, k, k, where, where, 1.0).shape == (1, 1024)  # the oracle takes it
+
+
+def test_matrix_units_say_what_they_are_not_for():
+    amx = next((r for r in _C.QLinear.kernels() if r["name"] == "qlinear_amx"), None)
+    if amx is None or amx["missing"]:
+        pytest.skip("this machine has no AMX")
+    layer = Linear(random_weight(8, 64, 32), kernel="qlinear_amx")
+    with pytest.raises(RuntimeError, match="fewer than 16 tokens"):
+        layer(torch.randn(15, 64))
+    with pytest.raises(RuntimeError, match="16-bit activations"):
+        Linear(random_weight(8, 64, 32), 8, "qlinear_amx")
+    op = _C.Attention()
+    for op.m, op.head_dim, why in ((15, 64, "fewer than 16 rows"), (16, 80, "multiple of 32"), (16, 512, "above 256")):
+        with pytest.raises(RuntimeError, match=why):
+            op.choose("attention_amx")
 
 
 def test_packed_weights_run_on_their_own_kernel_only():
@@ -61,7 +82,7 @@ def test_packed_weights_run_on_their_own_kernel_only():
 
 def test_vector_files_export_no_code_that_other_machines_would_run():
     """A weak symbol of an AVX-512 file may replace the plain copy for every machine when the linker picks one."""
-    objects = list(ROOT.glob("build/**/kernels_avx*/**/rows.cpp.o"))
+    objects = [path for name in ("avx2", "avx512", "amx") for path in ROOT.glob(f"build/python*/**/kernels_{name}.dir/**/*.o")]
     if not objects or not shutil.which("nm"):
         pytest.skip("the build folder or nm is not here")
     for path in objects:

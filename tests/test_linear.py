@@ -12,6 +12,7 @@ from torch import nn
 from weights import random_weight
 
 import pyengine
+from pyengine import ops
 from pyengine.layers import Dense, Embedding, SideBySide, linear
 from pyengine.linear import Linear, replace_linears, stack
 
@@ -151,4 +152,21 @@ def test_dense_and_embedding():
     assert torch.allclose(Dense(w, b)(x, residual=residual), expected, atol=1e-6)
     q = random_weight(50, 64, 32, bits=8, mask="sparse")
     token = torch.tensor([3, 3, 49])
-    assert torch.equal(Embedding(q)(token), q.dequantize()[token])
+    for table in (Linear(q), q.dequantize()):
+        assert torch.equal(Embedding(table)(token, torch.empty(3, 64)), q.dequantize()[token])
+
+
+def test_gated_layers_agree():
+    """One op, a plain layer with the op behind it where formats differ, and a float one."""
+    parts = [random_weight(32, 64, 32, mask="sparse"), random_weight(32, 64, 64)]
+    alike = [parts[0], random_weight(32, 64, 32)]
+    for weights in (parts, alike, [(p.dequantize(), None) for p in parts]):
+        layer, x = linear(weights, gated=True), torch.randn(3, 64)
+        gate, up = ((w[0] if isinstance(w, tuple) else w.dequantize()).double() for w in weights)
+        expected = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
+        assert torch.allclose(layer(x).double(), expected, atol=1e-3 * expected.abs().max())
+        out, program = torch.zeros(3, 32), ops.Program()
+        if not isinstance(weights[0], tuple):
+            layer(x, out=out, program=program)
+            program.run()
+            assert torch.equal(out, layer(x))

@@ -63,9 +63,9 @@ def test_steps_of_a_quantized_model_are_recorded_and_a_float_model_runs(stories,
         return torch.cat([model(Batch.of([t], [1], [p], cache), cache) for t, p in zip(tokens, positions)])
 
     whole = logits(one, "prefill")
-    assert model._recorded and list(model._recorded) == [4]
+    assert model._recorded and list(model._recorded) == [(4, 4)]
     assert torch.allclose(logits(two, "step by step"), whole, atol=2e-2)
-    assert list(model._recorded) == [1]  # another cache, other programs
+    assert list(model._recorded) == [(1, 1)]  # another cache, other programs
     for m in range(1, 20):
         model(Batch.of([1] * m, [0] * m, list(range(m)), one), one)
     assert len(model._recorded) == 8

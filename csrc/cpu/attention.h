@@ -3,20 +3,16 @@
 //
 // Many queries (prefill): a lane is a query. q is transposed once; then every key costs head_dim multiply-adds with a broadcast element
 // of k, and scores, maxima, sums and outputs are vectors over the queries: nothing is ever summed across lanes.
-// Few queries (decode): a lane is an element of the head, and scores are summed across lanes; the other way would leave lanes empty.
+// Few queries: attention_decode.h, where a lane is an element of the head; a lane for each query would leave lanes empty.
 #pragma once
 
-#include "cpu/elementwise.h"
-#include "cpu/threads.h"
-#include "ops.h"
+#include "cpu/attention_decode.h"
 
 namespace pe {
 namespace {
 
 constexpr int64_t kRows = 32;     // rows of a task: a few tasks for each thread from 64 tokens on
-constexpr int64_t kHeadDim = 256; // the largest head_dim
 constexpr int64_t kKeys = 32;     // keys between two rescalings of the sums
-constexpr float kNever = -1e30f;  // a score that no key has; finite, so that differences stay numbers
 
 template <class V>
 struct AttentionTask {
@@ -32,12 +28,6 @@ struct AttentionTask {
   int64_t row_of(int64_t query) const { return first + query / share; }
   const float* q_of(int64_t query) const { return op.q + row_of(query) * op.q_stride + (head * share + query % share) * op.head_dim; }
   float* y_of(int64_t query) const { return op.y + row_of(query) * op.y_stride + (head * share + query % share) * op.head_dim; }
-
-  static void widen(const uint16_t* from, float* to, int64_t count) {
-    int64_t c = 0;
-    for (; c + lanes <= count; c += lanes) V::store(to + c, V::load_half(from + c));
-    for (; c < count; ++c) to[c] = V::half(from[c]);
-  }
 
   // ---- a lane is a query: `lanes` queries from `start` on
 
@@ -56,7 +46,7 @@ struct AttentionTask {
       const int64_t end = begin + kKeys < length ? begin + kKeys : length;
       F highest = top;
       for (int64_t t = begin; t < end; ++t) {
-        widen(keys() + t * d, element, d);
+        widen<V>(keys() + t * d, element, d);
         F s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // four chains hide the latency of the sum
         int64_t c = 0;
         for (; c + 4 <= d; c += 4)
@@ -92,7 +82,7 @@ struct AttentionTask {
       for (int64_t j = 0; j < 4; ++j) {
         const bool real = t + j < end;
         p[j] = real ? V::load(score + (t + j - begin) * lanes) : V::zero();
-        widen(values() + (real ? t + j : t) * d, value[j], d);
+        widen<V>(values() + (real ? t + j : t) * d, value[j], d);
       }
       for (int64_t c = 0; c < d; ++c) {
         F v = V::load(out + c * lanes);
@@ -102,55 +92,13 @@ struct AttentionTask {
     }
   }
 
-  // ---- a lane is an element of the head: one query
-
-  void one(int64_t query) const {
-    const int64_t d = op.head_dim, length = op.position[row_of(query)] + 1;
-    alignas(64) float q[kHeadDim], out[kHeadDim], element[kHeadDim], score[kKeys + lanes];
-    for (int64_t c = 0; c < kHeadDim; ++c) q[c] = c < d ? q_of(query)[c] * op.scale : 0.0f, out[c] = 0.0f, element[c] = 0.0f;
-    const int64_t full = (d + lanes - 1) / lanes * lanes;
-    float top = kNever, sum = 0;
-    for (int64_t begin = 0; begin < length; begin += kKeys) {
-      const int64_t end = begin + kKeys < length ? begin + kKeys : length;
-      float highest = top;
-      for (int64_t t = begin; t < end; ++t) {
-        F s = V::zero();
-        if (d == full) {
-          for (int64_t c = 0; c < d; c += lanes) s = V::fma(V::load(q + c), V::load_half(keys() + t * d + c), s);
-        } else {
-          widen(keys() + t * d, element, d);
-          for (int64_t c = 0; c < full; c += lanes) s = V::fma(V::load(q + c), V::load(element + c), s);
-        }
-        score[t - begin] = V::sum(s);
-        highest = score[t - begin] > highest ? score[t - begin] : highest;
-      }
-      V::store(element, exp<V>(V::set(top - highest)));
-      const float shrink = element[0];
-      top = highest, sum *= shrink;
-      for (int64_t t = end - begin; t < kKeys; ++t) score[t] = kNever;
-      for (int64_t t = 0; t < end - begin; t += lanes) V::store(score + t, exp<V>(V::sub(V::load(score + t), V::set(top))));
-      for (int64_t t = 0; t < end - begin; ++t) sum += score[t];
-      for (int64_t c = 0; c < full; c += lanes) V::store(out + c, V::mul(V::load(out + c), V::set(shrink)));
-      for (int64_t t = begin; t < end; ++t) add_value(values() + t * d, score[t - begin], out, element);
-    }
-    for (int64_t c = 0; c < d; ++c) y_of(query)[c] = out[c] / sum;
-  }
-
-  void add_value(const uint16_t* value, float p, float* out, float* element) const {
-    const int64_t d = op.head_dim;
-    if (d % lanes == 0) {
-      for (int64_t c = 0; c < d; c += lanes) V::store(out + c, V::fma(V::set(p), V::load_half(value + c), V::load(out + c)));
+  void run() const {
+    if (queries >= lanes / 2) {
+      for (int64_t start = 0; start < queries; start += lanes) many(start);
       return;
     }
-    widen(value, element, d);
-    for (int64_t c = 0; c < d; ++c) out[c] += p * element[c];
-  }
-
-  void run() const {
-    if (queries >= lanes / 2)
-      for (int64_t start = 0; start < queries; start += lanes) many(start);
-    else
-      for (int64_t query = 0; query < queries; ++query) one(query);
+    for (int64_t row = first; row < first + rows; ++row)
+      for (int64_t h = 0; h < share; h += kTogether) Heads{op, row, head, h}.run<V>();
   }
 };
 
@@ -158,18 +106,24 @@ inline const char* attention_refuses(const Attention& op) {
   return op.head_dim > kHeadDim ? "head_dim is above 256" : nullptr;
 }
 
-template <class V>
-void attention(const Attention& op, void*) {
-  const int64_t blocks = (op.m + kRows - 1) / kRows, share = op.heads / op.kv_heads;
+// Cuts the rows into tasks: one KV head, up to `most` rows of one slot with ascending positions.
+template <class Task, int64_t most>
+void attention_tasks(const Attention& op) {
+  const int64_t blocks = (op.m + most - 1) / most, share = op.heads / op.kv_heads;
   parallel_for(blocks * op.kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t last = (task / op.kv_heads + 1) * kRows < op.m ? (task / op.kv_heads + 1) * kRows : op.m;
-      for (int64_t i = task / op.kv_heads * kRows, stop; i < last; i = stop) {
+      const int64_t last = (task / op.kv_heads + 1) * most < op.m ? (task / op.kv_heads + 1) * most : op.m;
+      for (int64_t i = task / op.kv_heads * most, stop; i < last; i = stop) {
         for (stop = i + 1; stop < last && op.slot[stop] == op.slot[i] && op.position[stop] >= op.position[stop - 1];) ++stop;
-        AttentionTask<V>{op, task % op.kv_heads, i, stop - i, share, (stop - i) * share}.run();
+        Task{op, task % op.kv_heads, i, stop - i, share, (stop - i) * share}.run();
       }
     }
   });
+}
+
+template <class V>
+void attention(const Attention& op, void*) {
+  op.m < kFewRows ? attention_decode<V>(op) : attention_tasks<AttentionTask<V>, kRows>(op);
 }
 
 }  // namespace

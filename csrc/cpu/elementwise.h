@@ -26,7 +26,7 @@ template <class V>
 void rmsnorm(const RmsNorm& op, void*) {
   parallel_for(op.m, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float* x = op.x + i * op.n;
+      const float* x = op.x + (op.row ? op.row[i] : i) * op.n;
       float* y = op.y + i * op.n;
       typename V::F sum = V::zero();
       for (int64_t c = 0; c < op.n; c += V::lanes) {
@@ -43,15 +43,23 @@ void rmsnorm(const RmsNorm& op, void*) {
 }
 
 template <class V>
+typename V::F silu_mul(typename V::F gate, typename V::F up) {
+  const auto sigmoid = V::div(V::set(1.0f), V::add(V::set(1.0f), exp<V>(V::sub(V::zero(), gate))));
+  return V::mul(V::mul(gate, sigmoid), up);
+}
+
+template <class V>
+void gate_row(const float* gate, const float* up, float* y, int64_t n) {
+  for (int64_t c = 0; c < n; c += V::lanes) {
+    const int count = int(n - c < V::lanes ? n - c : V::lanes);
+    V::store(y + c, silu_mul<V>(V::load(gate + c, count), V::load(up + c, count)), count);
+  }
+}
+
+template <class V>
 void silu_mul(const SiluMul& op, void*) {
   parallel_for(op.m, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t c = 0; c < op.n; c += V::lanes) {
-        const int count = int(op.n - c < V::lanes ? op.n - c : V::lanes);
-        const auto gate = V::load(op.x + i * 2 * op.n + c, count), up = V::load(op.x + i * 2 * op.n + op.n + c, count);
-        const auto sigmoid = V::div(V::set(1.0f), V::add(V::set(1.0f), exp<V>(V::sub(V::zero(), gate))));
-        V::store(op.y + i * op.n + c, V::mul(V::mul(gate, sigmoid), up), count);
-      }
+    for (int64_t i = begin; i < end; ++i) gate_row<V>(op.x + i * 2 * op.n, op.x + i * 2 * op.n + op.n, op.y + i * op.n, op.n);
   });
 }
 

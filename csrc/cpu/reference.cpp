@@ -68,17 +68,24 @@ double dot(const Weights& w, const Token& token, const float* x, int64_t r) {
   return total * token.scale;
 }
 
+double output(const Weights& w, const Token& token, const float* x, int64_t r) {
+  const QLinear& op = w.op;
+  double y = dot(w, token, x, r);
+  if (op.outlier_row)
+    for (int64_t e = op.outlier_row[r]; e < op.outlier_row[r + 1]; ++e) y += double(half_to_float(op.outlier_value[e])) * x[w.column(e)];
+  return op.bias ? y + op.bias[r] : y;
+}
+
 void qlinear(const QLinear& op, void*) {
   const Weights w{op};
+  const int64_t columns = op.gated ? op.n / 2 : op.n;
   for (int64_t i = 0; i < op.m; ++i) {
     const float* x = op.x + i * op.x_stride;
     const Token token(op, x);
-    parallel_for(op.n, 16, [&](int64_t from, int64_t to) {
+    parallel_for(columns, 16, [&](int64_t from, int64_t to) {
       for (int64_t r = from; r < to; ++r) {
-        double y = dot(w, token, x, r);
-        if (op.outlier_row)
-          for (int64_t e = op.outlier_row[r]; e < op.outlier_row[r + 1]; ++e) y += double(half_to_float(op.outlier_value[e])) * x[w.column(e)];
-        if (op.bias) y += op.bias[r];
+        double y = output(w, token, x, r);
+        if (op.gated) y = y / (1 + std::exp(-y)) * output(w, token, x, columns + r);
         if (op.residual) y += op.residual[i * op.y_stride + r];
         op.y[i * op.y_stride + r] = float(y);
       }
@@ -88,7 +95,7 @@ void qlinear(const QLinear& op, void*) {
 
 void rmsnorm(const RmsNorm& op, void*) {
   for (int64_t i = 0; i < op.m; ++i) {
-    const float* x = op.x + i * op.n;
+    const float* x = op.x + (op.row ? op.row[i] : i) * op.n;
     double sum = 0;
     for (int64_t c = 0; c < op.n; ++c) sum += double(x[c]) * x[c];
     const double factor = 1 / std::sqrt(sum / double(op.n) + op.eps);

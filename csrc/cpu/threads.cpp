@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <memory>
@@ -29,8 +30,21 @@ void pause() {
 #endif
 }
 
-// About 50 µs: longer than the Python between two ops of a decode step, far shorter than a scheduler's tick.
-constexpr int kSpins = 2000;
+// Longer than the sampling between two decode steps, far shorter than a scheduler's tick. Waking a sleeper takes 50 µs, and several
+// times that on a virtual machine whose idle core has been given away.
+constexpr std::chrono::microseconds kPatience{400};
+constexpr int kPauses = 32;  // between two looks at the clock: 1 to 2 µs
+
+// Spins until done() or patience runs out; returns whether it is done.
+template <class Done>
+bool spin(Done done) {
+  for (const auto end = std::chrono::steady_clock::now() + kPatience; std::chrono::steady_clock::now() < end;)
+    for (int i = 0; i < kPauses; ++i) {
+      if (done()) return true;
+      pause();
+    }
+  return done();
+}
 
 class Pool {
  public:
@@ -59,7 +73,9 @@ class Pool {
     drain();
     // Whatever a task threw, its context must outlive the workers that still use it.
     // A worker may be descheduled while it holds a piece: give way to it after a while instead of burning its core.
-    for (int spins = 0; pending_.load(std::memory_order_acquire); ++spins) spins < kSpins ? pause() : std::this_thread::yield();
+    const auto done = [&] { return !pending_.load(std::memory_order_acquire); };
+    if (!spin(done))
+      while (!done()) std::this_thread::yield();
     if (failed_) std::rethrow_exception(std::exchange(failed_, nullptr));
   }
 
@@ -85,8 +101,7 @@ class Pool {
 
   void work() {
     for (uint64_t seen = 0;;) {
-      for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) pause();
-      if (generation_.load(std::memory_order_acquire) == seen) {
+      if (!spin([&] { return generation_.load(std::memory_order_acquire) != seen; })) {
         std::unique_lock lock(mutex_);
         sleeping_.fetch_add(1);
         wake_.wait(lock, [&] { return stop_.load() || generation_.load() != seen; });

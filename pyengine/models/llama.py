@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import memory, ops
 from ..cache import Batch, KVCache
 from ..errors import CheckpointError
-from ..layers import Embedding
+from ..layers import Dense, Embedding
 
 # The linears of a block in the order they run, by the input they share: quantizers treat a site's members alike.
 SITES = {
@@ -21,9 +21,11 @@ SITES = {
     "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
     "down_in": ("mlp.down_proj",),
 }
+GATED = ("mlp_in",)  # sites whose first linear's output goes through SiLU and multiplies the second's
 LINEARS = tuple(name for site in SITES.values() for name in site)
 NORMS = ("input_layernorm", "post_attention_layernorm")
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+RECORDED_LOGITS = 64  # rows; the logits of a whole prompt are too large to keep
 RECORDED = 8  # numbers of rows whose programs are kept: decoding meets few, and a prefill chunk holds megabytes
 
 
@@ -184,6 +186,7 @@ class Block(nn.Module):
         self.config = c
         self.attention_norm, self.mlp_norm = norms
         self.qkv, self.o, self.gate_up, self.down = linears
+        self.exact = isinstance(self.qkv, Dense)  # who runs float weights wants float results
 
     def forward(self, rows: Rows, kv: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], program: ops.Program | None) -> None:
         """Updates rows.x in place, now or whenever `program` runs."""
@@ -192,23 +195,24 @@ class Block(nn.Module):
         self.qkv(rows.h, out=rows.qkv, program=program)
         ops.rope_kv(rows.qkv, *rope, *kv, rows.slot, rows.position, c.num_attention_heads, program=program)
         q = rows.qkv[:, : c.num_attention_heads * c.head_dim]
-        ops.attention(q, *kv, rows.slot, rows.position, c.head_dim**-0.5, out=rows.a, program=program)
+        ops.attention(q, *kv, rows.slot, rows.position, c.head_dim**-0.5, out=rows.a, exact=self.exact, program=program)
         self.o(rows.a, residual=rows.x, out=rows.x, program=program)
         ops.rms_norm(rows.x, self.mlp_norm, c.rms_norm_eps, out=rows.h, program=program)
-        self.gate_up(rows.h, out=rows.gate_up, program=program)
-        ops.silu_mul(rows.gate_up, out=rows.g, program=program)
+        self.gate_up(rows.h, out=rows.g, program=program)
         self.down(rows.g, residual=rows.x, out=rows.x, program=program)
 
 
 class Rows:
-    """The buffers that m rows pass through a block in: x, h f32[m, hidden] and what each linear makes of them; slot, position i32[m]."""
+    """The buffers that m rows pass through the model in: token i64[m], slot and position i32[m]; x, h f32[m, hidden] and what each linear
+    makes of them; wanted i64[w] and last f32[w, hidden], the rows whose logits are asked for."""
 
-    def __init__(self, c: Config, m: int):
+    def __init__(self, c: Config, m: int, wanted: int):
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.x, self.h = torch.empty(m, c.hidden_size), torch.empty(m, c.hidden_size)
-        self.qkv, self.a = torch.empty(m, q + 2 * kv), torch.empty(m, q)
-        self.gate_up, self.g = torch.empty(m, 2 * c.intermediate_size), torch.empty(m, c.intermediate_size)
+        self.x, self.h = memory.empty(m, c.hidden_size), memory.empty(m, c.hidden_size)
+        self.qkv, self.a, self.g = memory.empty(m, q + 2 * kv), memory.empty(m, q), memory.empty(m, c.intermediate_size)
+        self.token, self.wanted = torch.empty(m, dtype=torch.int64), torch.empty(wanted, dtype=torch.int64)
         self.slot, self.position = torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.int32)
+        self.last = memory.empty(wanted, c.hidden_size)
 
 
 class Model(nn.Module):
@@ -219,8 +223,8 @@ class Model(nn.Module):
         self.config, self.embedding, self.norm, self.head = c, embedding, norm, head
         self.blocks = nn.ModuleList(blocks)
         self._rope = rope_table(c, 1)
-        self._recordable = all(getattr(layer, "recordable", True) for layer in self.blocks.modules())
-        self._recorded: dict[int, tuple[Rows, ops.Program]] = {}  # by the number of rows, for the cache below
+        self._recordable = all(getattr(layer, "recordable", True) for layer in (*self.blocks.modules(), embedding, head))
+        self._recorded: dict[tuple[int, int], tuple[Rows, ops.Program, Tensor]] = {}  # by rows and wanted rows, for the cache below
         self._recorded_for: KVCache | None = None
 
     def cache(self, slots: int, length: int) -> KVCache:
@@ -232,31 +236,33 @@ class Model(nn.Module):
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Logits f32[wanted rows, vocab]; writes the rows' keys and values to the cache.
 
-        The ops of all blocks are recorded once for a number of rows and a cache: a decode step is then one native call, where the
-        Python between some 270 ops would take longer than the ops.
+        All ops are recorded once for a number of rows and a cache: a decode step is then one native call, where the Python between some
+        220 ops would take as long as the ops.
         """
-        m = batch.token.shape[0]
+        m, wanted = batch.token.shape[0], batch.wanted if batch.wanted is not None else torch.arange(batch.token.shape[0])
         if self._recorded_for is not cache:
             self._recorded, self._recorded_for = {}, cache
             if self._rope[0].shape[0] < cache.length:
                 self._rope = rope_table(self.config, cache.length)
-        rows, program = self._recorded.get(m) or (Rows(self.config, m), None)
-        rows.x.copy_(self.embedding(batch.token))
-        rows.slot.copy_(batch.slot)
-        rows.position.copy_(batch.position)
-        if program is None and self._recordable:
+        key = (m, wanted.shape[0])
+        rows, program, logits = self._recorded.get(key) or (Rows(self.config, *key), None, None)
+        for to, source in ((rows.token, batch.token), (rows.slot, batch.slot), (rows.position, batch.position), (rows.wanted, wanted)):
+            to.copy_(source)
+        if not self._recordable or wanted.shape[0] > RECORDED_LOGITS:
+            return self._run(rows, cache, None)
+        if program is None:
             program = ops.Program()
-            self._run_blocks(rows, cache, program)
+            logits = self._run(rows, cache, program)
             if len(self._recorded) == RECORDED:
                 self._recorded.pop(next(iter(self._recorded)))
-            self._recorded[m] = rows, program
-        if program is None:
-            self._run_blocks(rows, cache, None)
-        else:
-            program.run()
-        x = rows.x if batch.wanted is None else rows.x[batch.wanted]
-        return self.head(ops.rms_norm(x, self.norm, self.config.rms_norm_eps))
+            self._recorded[key] = rows, program, logits
+        program.run()
+        # By numpy: torch's copy would wake its threads, which then spin on the cores that the next step needs.
+        return torch.from_numpy(logits.numpy().copy())
 
-    def _run_blocks(self, rows: Rows, cache: KVCache, program: ops.Program | None) -> None:
+    def _run(self, rows: Rows, cache: KVCache, program: ops.Program | None) -> Tensor:
+        self.embedding(rows.token, rows.x, program)
         for i, block in enumerate(self.blocks):
             block(rows, cache.layer(i), self._rope, program)
+        ops.rms_norm(rows.x, self.norm, self.config.rms_norm_eps, out=rows.last, row=rows.wanted, program=program)
+        return self.head(rows.last, program=program)

@@ -16,6 +16,7 @@ struct Avx2 {
   // Tokens that a matrix kernel takes at once, beside two tiles: 8 sums hide the adder's latency of 4 on two ports, and with two codes
   // and an activation they leave 5 of 16 registers free.
   static constexpr int tokens = 4;
+  static constexpr int planes = 0;  // 16-bit activations stay f32: without VNNI an integer dot product takes five instructions
 
   using F = __m256;
   using I = __m256i;
@@ -40,6 +41,24 @@ struct Avx2 {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  // Lane j of v[i] and lane i of v[j] change places.
+  static void transpose(F (&v)[8]) {
+    F t[8];
+    for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]), t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        const __m256d a = _mm256_castps_pd(t[i + j]), b = _mm256_castps_pd(t[i + j + 2]);
+        v[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), v[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+      }
+    for (int i = 0; i < 4; ++i) t[i] = _mm256_permute2f128_ps(v[i], v[4 + i], 0x20), t[4 + i] = _mm256_permute2f128_ps(v[i], v[4 + i], 0x31);
+    for (int i = 0; i < 8; ++i) v[i] = t[i];
+  }
+  // Lane i is the sum of v[i]'s lanes.
+  static F sum_each(const F (&v)[8]) {
+    F four[2];
+    for (int i = 0; i < 2; ++i) four[i] = _mm256_hadd_ps(_mm256_hadd_ps(v[4 * i], v[4 * i + 1]), _mm256_hadd_ps(v[4 * i + 2], v[4 * i + 3]));
+    return add(_mm256_permute2f128_ps(four[0], four[1], 0x20), _mm256_permute2f128_ps(four[0], four[1], 0x31));
+  }
   static float largest(F v) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
@@ -47,6 +66,10 @@ struct Avx2 {
   }
   // a where limit ≥ value, else b.
   static F where_reaches(F limit, F value, F a, F b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(limit, value, _CMP_GE_OQ)); }
+
+  static I columns(const int32_t* p) { return load_int(p); }
+  static I columns(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F gather(const float* p, I at) { return _mm256_i32gather_ps(p, at, 4); }
 
   static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store_half(uint16_t* p, F v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0)); }
@@ -65,6 +88,8 @@ struct Avx2 {
   static I mul_int(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
   static I to_int(F v) { return _mm256_cvtps_epi32(v); }
+  // Bits 8…15 of every lane, rounded so that 256 times them and the signed low byte make the lane again.
+  static I high_byte(I v) { return _mm256_srai_epi32(_mm256_add_epi32(v, _mm256_set1_epi32(128)), 8); }
   // The low byte of every lane.
   static void store_bytes(int8_t* p, I v) {
     const I packed = _mm256_shuffle_epi8(v, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1,

@@ -15,6 +15,7 @@ struct Avx512 {
   static constexpr Layout layout = Layout::tile16;
   // Tokens that a matrix kernel takes at once, beside two tiles: 16 sums, two codes and an activation out of 32 registers.
   static constexpr int tokens = 8;
+  static constexpr int planes = 2;  // of a 16-bit activation (qlinear.h)
 
   using F = __m512;
   using I = __m512i;
@@ -34,10 +35,49 @@ struct Avx512 {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F abs(F a) { return _mm512_abs_ps(a); }
+  // Lane j of v[i] and lane i of v[j] change places.
+  static void transpose(F (&v)[16]) {
+    F t[16];
+    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]), t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    for (int i = 0; i < 16; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+        v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      }
+    // v[4a + c] holds column 4q + c of rows 4a … 4a + 3 in its quarter q.
+    for (int c = 0; c < 4; ++c) {
+      const F even = _mm512_shuffle_f32x4(v[c], v[4 + c], 0x88), odd = _mm512_shuffle_f32x4(v[c], v[4 + c], 0xdd);
+      const F even2 = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0x88), odd2 = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0xdd);
+      t[c] = _mm512_shuffle_f32x4(even, even2, 0x88), t[8 + c] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+      t[4 + c] = _mm512_shuffle_f32x4(odd, odd2, 0x88), t[12 + c] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) v[i] = t[i];
+  }
+
+  // By halves: lane i and i + 8, then i + 4, …
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
+  // Lane i is the sum of v[i]'s lanes: four rounds that each halve the number of vectors.
+  static F sum_each(const F (&v)[16]) {
+    F two[8], four[4], eight[2];
+    for (int i = 0; i < 8; ++i) two[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
+      four[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    // Quarter q of four[i] holds what v[4i] … v[4i+3] have in theirs.
+    for (int i = 0; i < 2; ++i) eight[i] = add_quarters(four[2 * i], four[2 * i + 1]);
+    return add_quarters(eight[0], eight[1]);
+  }
   static float largest(F v) { return _mm512_reduce_max_ps(v); }
   // a where limit ≥ value, else b.
   static F where_reaches(F limit, F value, F a, F b) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(limit, value, _CMP_GE_OQ), b, a); }
+
+  // Whether a factor of any lane is other than 1.
+  static bool changes(F v) { return _mm512_cmp_ps_mask(v, set(1.0f), _CMP_NEQ_UQ) != 0; }
+
+  static I columns(const int32_t* p) { return load_int(p); }
+  static I columns(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F gather(const float* p, I at) { return _mm512_i32gather_ps(at, p, 4); }
 
   static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void store_half(uint16_t* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0)); }
@@ -56,6 +96,8 @@ struct Avx512 {
   static I mul_int(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static I to_int(F v) { return _mm512_cvtps_epi32(v); }
+  // Bits 8…15 of every lane, rounded so that 256 times them and the signed low byte make the lane again.
+  static I high_byte(I v) { return _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8); }
   // The low byte of every lane.
   static void store_bytes(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 
@@ -87,6 +129,7 @@ struct Avx512 {
   }
 
  private:
+  static F add_quarters(F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
   static I broadcast4(const int8_t* x) {
     int32_t four;
     __builtin_memcpy(&four, x, 4);

@@ -1,0 +1,55 @@
+"""Tensors in large pages, which kernels read at up to twice the speed of small ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+PAGE = 2 << 20
+CHUNK = 64 << 20  # of address space; what is never touched takes no memory
+ALIGNMENT = 64  # bytes: a cache line
+
+_chunk = torch.empty(0, dtype=torch.uint8)  # what is left of the last one; tensors keep theirs alive
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialized tensor with a home of its own in large pages, if it fills at least one."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < PAGE:
+        return torch.empty(*shape, dtype=dtype)
+    room = torch.empty(size + PAGE, dtype=torch.uint8)
+    start = -room.data_ptr() % PAGE
+    _C.advise_large_pages(room.data_ptr(), room.numel())
+    return room[start : start + size].view(dtype).view(*shape)
+
+
+def packed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialized tensor that lies beside the last one: small weights of one model share their pages."""
+    global _chunk
+    size = (math.prod(shape) * dtype.itemsize + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    if size > _chunk.numel():
+        _chunk = empty(max(size, CHUNK), dtype=torch.uint8)
+    taken, _chunk = _chunk[:size], _chunk[size:]
+    return taken[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def pack(t: Tensor) -> Tensor:
+    """A copy of a tensor beside the last one."""
+    return packed(tuple(t.shape), t.dtype).copy_(t)
+
+
+_workspace = torch.empty(0, dtype=torch.uint8)
+
+
+def workspace(op) -> Tensor:
+    """Points an op at scratch memory that all ops share, since they run one after another; keep what it returns as long as the op."""
+    global _workspace
+    size = op.workspace_bytes() + ALIGNMENT
+    if _workspace.numel() < size:
+        _workspace = empty(size, dtype=torch.uint8)
+    op.workspace = (_workspace.data_ptr() + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    return _workspace
