@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -type f) $(wildcard bench/*.cpp bench/*.h) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test bench clean
 demo: $(VENV)/installed $(VENV)/demo-model

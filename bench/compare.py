@@ -157,7 +157,7 @@ def machine() -> dict:
 def roofline(threads: int) -> dict:
     """What qbench measures of this machine, {} where it is not built."""
     for binary in sorted(HERE.parent.glob("build/*/qbench")):
-        done = subprocess.run([binary, "--op", "rms_norm", "--shape", "1,576", "--threads", str(threads), "--json"], capture_output=True, text=True)
+        done = subprocess.run([binary, "--op", "rmsnorm", "--shape", "1,576", "--threads", str(threads), "--json"], capture_output=True, text=True)
         if done.returncode == 0:
             return json.loads(done.stdout)["machine"]
     return {}
