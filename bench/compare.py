@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))
-import setup  # noqa: E402
+import environments  # noqa: E402
 
 from pyengine import demo  # noqa: E402
 from pyengine.files import cache_folder  # noqa: E402
@@ -64,13 +64,13 @@ class Contestant:
 
     def _answer(self) -> dict:
         if not select.select([self.process.stdout], [], [], SECONDS)[0]:
-            raise setup.PeerError(f"no answer in {SECONDS} s")
+            raise environments.PeerError(f"no answer in {SECONDS} s")
         line = self.process.stdout.readline()
         if not line:
-            raise setup.PeerError(f"ended with code {self.process.wait()}")
+            raise environments.PeerError(f"ended with code {self.process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise setup.PeerError(answer["error"])
+            raise environments.PeerError(answer["error"])
         return answer
 
     def stop(self) -> None:
@@ -116,9 +116,9 @@ def prepare(peers: list[Contestant], ours: Contestant, args: argparse.Namespace,
     for peer in peers:
         print(f"starting {peer.name}", file=sys.stderr, flush=True)
         try:
-            python = setup.environment(peer.peer, cache)
-            peer.start(python, setup.model(peer.form, gguf, name, group, cache), options, cache / f"{peer.peer}-{peer.variant}.log")
-        except setup.PeerError as e:
+            python = environments.environment(peer.peer, cache)
+            peer.start(python, environments.model(peer.form, gguf, name, group, cache), options, cache / f"{peer.peer}-{peer.variant}.log")
+        except environments.PeerError as e:
             peer.error = str(e)
             print(f"{peer.name} cannot run: {e}", file=sys.stderr)
     return [peer for peer in peers if not peer.error]
@@ -133,7 +133,7 @@ def play(ours: Contestant, running: list[Contestant], rounds: int) -> None:
             for one in (ours, peer) if turn % 2 == 0 else (peer, ours):
                 try:
                     numbers[one.name] = one.repeat()
-                except setup.PeerError as e:
+                except environments.PeerError as e:
                     if one is ours:
                         raise
                     peer.error = str(e)
@@ -204,9 +204,9 @@ def main() -> int:
     try:
         running = prepare(peers, ours, args, cache)
         if not running:
-            raise setup.PeerError("no peer can run")
+            raise environments.PeerError("no peer can run")
         play(ours, running, args.rounds)
-    except setup.PeerError as e:
+    except environments.PeerError as e:
         print(f"compare.py: {e}", file=sys.stderr)
         return 1
     finally:

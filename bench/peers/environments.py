@@ -28,7 +28,7 @@ class Environment:
 
 
 # llama.cpp is compiled for this very machine; its multimodal part is not needed. Its flags name a file, so it must not contain spaces.
-LLAMA_CPP = f"-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DCMAKE_CXX_FLAGS=-include{HERE / 'ldtilecfg.h'}"
+LLAMA_CPP = f"-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS=-include{HERE / 'ldtilecfg.h'}"
 ENVIRONMENTS = {
     "llama.cpp": Environment(
         ("llama-cpp-python==0.3.36",), options=("--no-binary", "llama-cpp-python"), variables={"CMAKE_ARGS": LLAMA_CPP, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
