@@ -17,8 +17,14 @@ GROUP = 64
 
 def quantize(model, variant: str) -> str:
     """Quantize the linears of the model in place; returns the configuration."""
-    from torchao.prototype.quantization import int4  # the configurations outside the prototypes have no INT4 kernel for x86
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.prototype.quantization import (
+        int4,  # the configurations outside the prototypes have no INT4 kernel for x86
+    )
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
 
     config = {
         "int8": Int8WeightOnlyConfig,

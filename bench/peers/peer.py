@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 
+
 def tokens(count: int) -> list[int]:
     """Token ids that every vocabulary has. Their values hardly matter for speed, but one token repeated would be an unusual load."""
     return [(i * 7919) % 500 + 3 for i in range(count)]
