@@ -51,6 +51,12 @@ inline uint16_t* random_halves(std::vector<Buffer>& owned, Random& random, size_
   return h;
 }
 
+// The workspace of an op that has one.
+template <class Op>
+void give_workspace(Op& op, std::vector<Buffer>& owned) {
+  if constexpr (requires { op.workspace = nullptr; }) op.workspace = keep<uint8_t>(owned, pe::workspace_bytes(op));
+}
+
 // An operand that is read cold: `bytes` at a member of the op.
 template <class Op>
 struct Cold {

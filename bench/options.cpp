@@ -30,8 +30,8 @@ const char* const kHelp = R"(qbench: how fast each kernel of PyEngine's dispatch
   --json             one JSON object
 
 A line is a median of at least 20 runs. GB/s counts weights, activations and results once, GOP/s a multiply-add as two. `of peak` is the time that
-the measured bandwidth or arithmetic rate would need, whichever is longer, over the time it took. fp32 and bf16 are a plain blocked product with
-dense weights of that type (bench/dense.cpp), cold as well.
+weights and cache would need at the measured bandwidth, or the operations at the measured rate, whichever is longer, over the time it took. fp32
+and bf16 are a plain blocked product with dense weights of that type (bench/dense.cpp), cold as well.
 )";
 
 namespace {

@@ -92,7 +92,7 @@ Problem<QLinear>::Problem(const Spec& s) {
   if (s.outliers > 0) add_outliers(op_, s, weight, owned_, random);
   op_.x = random_floats(owned_, random, size_t(s.m * s.k)), op_.x_stride = s.k;
   op_.y = keep<float>(owned_, size_t(s.m * s.n)), op_.y_stride = s.n;
-  op_.workspace = keep<uint8_t>(owned_, pe::workspace_bytes(op_));
+  give_workspace(op_, owned_);
 }
 
 template <>
@@ -101,10 +101,15 @@ double Problem<QLinear>::operations() const {
 }
 
 template <>
-double Problem<QLinear>::bytes() const {
+double Problem<QLinear>::cold_bytes() const {
   const double weight = double(op_.n) * double(op_.k) * op_.bits / 8, scale = 2.0 * double(op_.n * (op_.k / op_.group));
   const double sparse = op_.outlier_row ? 4.0 * double(op_.n + 1) + double(outliers_of(op_)) * double(column_bytes(op_) + 2) : 0;
-  return weight + scale + sparse + 4.0 * double(op_.m) * double(op_.n + op_.k);
+  return weight + scale + sparse;
+}
+
+template <>
+double Problem<QLinear>::bytes() const {
+  return cold_bytes() + 4.0 * double(op_.m) * double(op_.n + op_.k);
 }
 
 template <>
@@ -202,6 +207,14 @@ double error_of_rows(const Op& op, const Kernel<Op>& kernel) {
   return norms.ratio();
 }
 }  // namespace
+template <>
+double Problem<RmsNorm>::cold_bytes() const {
+  return 0;
+}
+template <>
+double Problem<SiluMul>::cold_bytes() const {
+  return 0;
+}
 template <>
 Prepared<RmsNorm> Problem<RmsNorm>::prepare(const Kernel<RmsNorm>&, size_t) const {
   return warm(op_);

