@@ -1,16 +1,20 @@
-# make demo · make test: each makes .venv, installs what it needs, runs. Both can be repeated; what is done is not done again.
+# make demo · make test · make bench: each makes .venv, installs what it needs, runs. Both can be repeated; what is done is not done again.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -type f) $(wildcard bench/*.cpp bench/*.h) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 demo: $(VENV)/installed $(VENV)/demo-model
 	$(BIN)/pyengine generate -p "Explain in two sentences why the sky is blue." --chat
 
 test: $(VENV)/installed $(VENV)/demo-model $(VENV)/test-tools
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed $(VENV)/demo-model $(VENV)/bench-tools
+	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/compare.py --size 1b
 
 # Debian and Ubuntu keep the venv module's pip and Python's headers in packages of their own, and python3 brings neither.
 HAS_TOOLS = $(PYTHON) -c 'import ensurepip, sysconfig, os; assert os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))' 2>/dev/null
@@ -35,6 +39,10 @@ $(VENV)/demo-model: | $(VENV)/bin/python
 $(VENV)/test-tools: $(VENV)/installed
 	@echo "installing what the tests need"
 	$(PIP) install -q --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+$(VENV)/bench-tools: | $(VENV)/installed
+	$(PIP) install -q "matplotlib>=3.8"
 	touch $@
 
 clean:

@@ -1,11 +1,15 @@
-"""How fast a model runs: prefill and decode in tokens/s, and the bytes that decoding moves."""
+"""How fast a model runs: prefill and decode in tokens/s, the bytes that decoding moves, its time outside kernels, and what the model holds in memory."""
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from unittest import mock
 
 import torch
 
@@ -31,10 +35,49 @@ def peak_rss_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
+def resident_mib() -> float:
+    """The memory this process holds now, MiB; where the system does not say, the most it has held."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:
+        return peak_rss_mib()
+
+
+def bare_torch_mib() -> float:
+    """What a process holds that has only imported torch, which is no model's doing."""
+    code = f"import torch; from {__package__}.benchmark import resident_mib; print(resident_mib())"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def outside_kernels(step: Callable[[int], None], steps: int) -> float:
+    """The share of `steps` calls of step(i) that is spent outside native calls: Python, torch, and what they wait for."""
+    inside = 0.0
+
+    def clocked(call: Callable) -> Callable:
+        def run(*args, **kwargs) -> None:
+            nonlocal inside
+            start = time.perf_counter()
+            call(*args, **kwargs)
+            inside += time.perf_counter() - start
+
+        return run
+
+    # Every native call passes one of these two.
+    with mock.patch.object(ops, "go", clocked(ops.go)), mock.patch.object(ops.Program, "run", clocked(ops.Program.run)):
+        start = time.perf_counter()
+        for i in range(steps):
+            step(i)
+        total = time.perf_counter() - start
+    return 1 - inside / total
+
+
 def measure(engine: Engine, prompt: int = 512, decode: int = 128, batch: int = 1, runs: int = 5) -> dict:
     """Medians over `runs` after one that is not counted. Tokens are random: their values do not matter for speed.
 
-    Returns prefill_tok_s and decode_tok_s (over the whole batch), gb_per_s (weights and KV cache read while decoding), rss_mib, threads, kernels.
+    Returns prefill_tok_s and decode_tok_s (over the whole batch), gb_per_s (weights and KV cache read while decoding), outside_kernels (the share of
+    decoding), rss_mib (the peak), memory in MiB as it is held in the end (resident, of which bare torch, weights and KV cache; beyond is the rest),
+    threads, kernels.
     """
     for name, value in {"prompt": prompt, "decode": decode, "batch": batch, "runs": runs}.items():
         if value < 1:
@@ -44,6 +87,10 @@ def measure(engine: Engine, prompt: int = 512, decode: int = 128, batch: int = 1
     ids = torch.randint(engine.model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
     cache = engine.model.cache(batch, prompt + decode)
     prefill, step = [], []
+
+    def decode_step(i: int) -> None:
+        engine.model(Batch.of([i % 7] * batch, list(range(batch)), [prompt + i] * batch, cache), cache)
+
     for run in range(runs + 1):
         start = time.perf_counter()
         for slot in range(batch):
@@ -53,18 +100,22 @@ def measure(engine: Engine, prompt: int = 512, decode: int = 128, batch: int = 1
                 engine.model(Batch.of(part, [slot] * len(part), positions, cache, [len(part) - 1]), cache)
         middle = time.perf_counter()
         for i in range(decode):
-            engine.model(Batch.of([i % 7] * batch, list(range(batch)), [prompt + i] * batch, cache), cache)
+            decode_step(i)
         end = time.perf_counter()
         if run:
             prefill.append(middle - start)
             step.append((end - middle) / decode)
     seconds = statistics.median(step)
     kv_read = cache.nbytes / cache.length * (prompt + decode / 2)
+    held = {"resident": resident_mib(), "torch": bare_torch_mib(), "weights": weight_bytes(engine) / 2**20, "kv": cache.nbytes / 2**20}
+    held["beyond"] = held["resident"] - held["torch"] - held["weights"] - held["kv"]
     return {
         "prefill_tok_s": prompt * batch / statistics.median(prefill),
         "decode_tok_s": batch / seconds,
         "gb_per_s": (weight_bytes(engine) + kv_read) / seconds / 1e9,
+        "outside_kernels": outside_kernels(decode_step, decode),
         "rss_mib": peak_rss_mib(),
+        "memory_mib": {name: round(mib, 1) for name, mib in held.items()},
         "prompt": prompt,
         "decode": decode,
         "batch": batch,

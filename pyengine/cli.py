@@ -240,12 +240,17 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from .benchmark import measure
+    from .benchmark import measure  # before the clock starts: importing torch takes longer than loading a small model
 
-    result = measure(_load(args), args.prompt, args.decode, args.batch, args.runs)
+    start = time.perf_counter()
+    engine = _load(args)
+    loaded = time.perf_counter() - start
+    result = measure(engine, args.prompt, args.decode, args.batch, args.runs) | {"load_s": loaded}
     _print(args, result, lambda r: [
         f"prefill {r['prefill_tok_s']:.1f} tokens/s ({r['prompt']} tokens), decode {r['decode_tok_s']:.1f} tokens/s ({r['decode']} tokens, batch {r['batch']}), "
-        f"{r['gb_per_s']:.1f} GB/s, {r['rss_mib']:.0f} MiB, {r['threads']} threads, medians of {r['runs']}; {', '.join(r['kernels'])}"
+        f"{r['gb_per_s']:.1f} GB/s, {r['rss_mib']:.0f} MiB, {r['threads']} threads, medians of {r['runs']}; {', '.join(r['kernels'])}",
+        f"{100 * r['outside_kernels']:.1f} % of decoding outside kernels; loaded in {r['load_s']:.2f} s; holds {r['memory_mib']['resident']:.0f} MiB: "
+        f"torch {r['memory_mib']['torch']:.0f}, weights {r['memory_mib']['weights']:.0f}, KV cache {r['memory_mib']['kv']:.0f}, other {r['memory_mib']['beyond']:.0f}",
     ])  # fmt: skip
     return 0
 

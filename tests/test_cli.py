@@ -77,6 +77,11 @@ def test_eval_inspect_and_bench(run, stories, quantized, data, tmp_path):
     code, out, _ = run("bench", quantized, "--prompt", 20, "--decode", 4, "--runs", 1, "--batch", 2, "--json")
     result = json.loads(out)
     assert code == 0 and result["prefill_tok_s"] > 0 and result["decode_tok_s"] > 0 and result["gb_per_s"] > 0
+    assert 0 < result["outside_kernels"] < 1 and 0 < result["load_s"] < 60
+    memory = result["memory_mib"]
+    assert memory["resident"] > memory["torch"] > 20 and memory["beyond"] == pytest.approx(
+        memory["resident"] - memory["torch"] - memory["weights"] - memory["kv"], abs=0.3
+    )
 
 
 def test_activations_in_8_bits_stay_close(run, stories, tmp_path, data):
