@@ -128,6 +128,17 @@ Prepared<QLinear> Problem<QLinear>::prepare(const Kernel<QLinear>& kernel, size_
       {bytes.weight, op.weight, [](QLinear& o, void* at) { o.weight = static_cast<uint8_t*>(at); }},
       {bytes.scale, op.scale, [](QLinear& o, void* at) { o.scale = at; }},
   };
+  if (op.outlier_row && op.layout != pe::Layout::canonical) {
+    const pe::OutlierBytes size = pe::outlier_bytes(op_, kernel.layout);
+    auto* band = keep<pe::OutlierBand>(prepared.owned, size.band / sizeof(pe::OutlierBand));
+    auto* run = keep<pe::OutlierRun>(prepared.owned, size.run / sizeof(pe::OutlierRun));
+    auto* vector = keep<uint8_t>(prepared.owned, size.vector);
+    pe::pack_outliers(op_, kernel.layout, band, run, vector);
+    op.outlier_band = band, op.outlier_run = run, op.outlier_vector = vector;
+    parts.push_back({size.band, band, [](QLinear& o, void* at) { o.outlier_band = static_cast<pe::OutlierBand*>(at); }});
+    parts.push_back({size.run, run, [](QLinear& o, void* at) { o.outlier_run = static_cast<pe::OutlierRun*>(at); }});
+    parts.push_back({size.vector, vector, [](QLinear& o, void* at) { o.outlier_vector = static_cast<uint8_t*>(at); }});
+  }
   if (op.outlier_row) {
     const size_t count = size_t(outliers_of(op));
     parts.push_back({size_t(op.n + 1) * 4, op.outlier_row, [](QLinear& o, void* at) { o.outlier_row = static_cast<int32_t*>(at); }});

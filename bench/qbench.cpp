@@ -170,6 +170,10 @@ std::string json(const Roofline& r, size_t cold) {
          ", \"amx_int8_gop_s\": " + real(r.amx_int8_gop_s) + ", \"amx_bf16_gop_s\": " + real(r.amx_bf16_gop_s) + "}";
 }
 
+// An embedding is a copy of a few rows with the reference alone: it is listed, not timed.
+template <class Op>
+constexpr bool benchmarked = !std::is_same_v<Op, pe::Embedding>;
+
 // Calls visit<Op>(name) for every op, or the one that is named.
 template <class F>
 void each_op(const std::string& named, F&& visit) {
@@ -180,11 +184,12 @@ void each_op(const std::string& named, F&& visit) {
     visit.template operator()<Op>(name);
   };
   one.template operator()<pe::QLinear>("qlinear");
+  one.template operator()<pe::Embedding>("embedding");
   one.template operator()<pe::RmsNorm>("rmsnorm");
   one.template operator()<pe::SiluMul>("silu_mul");
   one.template operator()<pe::RopeKV>("rope_kv");
   one.template operator()<pe::Attention>("attention");
-  if (!found) throw std::runtime_error("--op is '" + named + "', known are qlinear rmsnorm silu_mul rope_kv attention");
+  if (!found) throw std::runtime_error("--op is '" + named + "', known are qlinear embedding rmsnorm silu_mul rope_kv attention");
 }
 
 void list(const Options& o) {
@@ -220,25 +225,31 @@ void check_names_and_shapes(const Options& o) {
   each_op(o.op, [&]<class Op>(const char* name) {
     if (!wanted<Op>(o)) return;
     known = true;
-    (void)specs(name, o);
+    if constexpr (benchmarked<Op>) (void)specs(name, o);
+    else if (!o.op.empty()) throw std::runtime_error("an embedding is only listed: it has no kernel to choose or to time");
   });
   if (!known) throw std::runtime_error("no kernel" + (o.op.empty() ? "" : " of " + o.op) + " is called '" + o.kernel + "'");
+}
+
+template <class Op>
+void measure_op(const char* name, const Options& o, const Roofline& roofline, std::vector<Line>& lines) {
+  if (!wanted<Op>(o)) return;
+  for (const Spec& spec : specs(name, o)) {
+    const Problem<Op> problem(spec);
+    std::optional<double> fp32, bf;
+    if constexpr (std::is_same_v<Op, pe::QLinear>) fp32 = dense_us<float>(spec, o.cold_bytes), bf = dense_us<bf16>(spec, o.cold_bytes);
+    for (const auto* kernel : chosen(problem.op(), o.kernel)) {
+      lines.push_back(measure(name, *kernel, problem, spec, o, roofline));
+      lines.back().fp32_us = fp32, lines.back().bf16_us = bf;
+      if (!o.json) print(lines.back());
+    }
+  }
 }
 
 std::vector<Line> measure_all(const Options& o, const Roofline& roofline) {
   std::vector<Line> lines;
   each_op(o.op, [&]<class Op>(const char* name) {
-    if (!wanted<Op>(o)) return;
-    for (const Spec& spec : specs(name, o)) {
-      const Problem<Op> problem(spec);
-      std::optional<double> fp32, bf;
-      if constexpr (std::is_same_v<Op, pe::QLinear>) fp32 = dense_us<float>(spec, o.cold_bytes), bf = dense_us<bf16>(spec, o.cold_bytes);
-      for (const auto* kernel : chosen(problem.op(), o.kernel)) {
-        lines.push_back(measure(name, *kernel, problem, spec, o, roofline));
-        lines.back().fp32_us = fp32, lines.back().bf16_us = bf;
-        if (!o.json) print(lines.back());
-      }
-    }
+    if constexpr (benchmarked<Op>) measure_op<Op>(name, o, roofline, lines);
   });
   return lines;
 }
