@@ -38,6 +38,12 @@ py::class_<Program> bind_program(py::module_& m) {
   return c;
 }
 
+// The dtype of an op's activations as a Python integer.
+template <class Class, class Struct>
+void dtype(Class& c, Dtype Struct::* member) {
+  c.def_property("dtype", [member](const Struct& s) { return int(s.*member); }, [member](Struct& s, int v) { s.*member = Dtype(v); });
+}
+
 // The class of an op and the functions over its table.
 template <class Op>
 py::class_<Op> bind(py::module_& m, py::class_<Program>& program, const char* name) {
@@ -96,6 +102,7 @@ void bind_elementwise(py::module_& m, py::class_<Program>& program) {
   auto norm = bind<RmsNorm>(m, program, "RmsNorm");
   norm.def_readwrite("m", &RmsNorm::m).def_readwrite("n", &RmsNorm::n).def_readwrite("eps", &RmsNorm::eps);
   pointer(norm, "x", &RmsNorm::x), pointer(norm, "weight", &RmsNorm::weight), pointer(norm, "y", &RmsNorm::y);
+  pointer(norm, "residual", &RmsNorm::residual), dtype(norm, &RmsNorm::dtype);
   auto silu = bind<SiluMul>(m, program, "SiluMul");
   silu.def_readwrite("m", &SiluMul::m).def_readwrite("n", &SiluMul::n);
   pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y);

@@ -25,7 +25,14 @@ template struct Row<SiluMul>;
 template struct Row<RopeKV>;
 template struct Row<Attention>;
 
+#if defined(PE_CUDA_BUILT)
+const char* missing_gpu(Arch arch);  // cuda/device.cu
+#else
+static const char* missing_gpu(Arch) { return "built without CUDA"; }
+#endif
+
 const char* missing(Arch arch) {
+  if (arch == Arch::sm80 || arch == Arch::sm90a) return missing_gpu(arch);
 #if defined(__x86_64__)
   switch (arch) {
     case Arch::any:
@@ -42,6 +49,8 @@ const char* missing(Arch arch) {
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")
                  ? nullptr
                  : "this CPU has no AVX-512 with VNNI";
+    default:
+      break;
   }
 #endif
   return arch == Arch::any ? nullptr : "not an x86-64 CPU";

@@ -1,11 +1,15 @@
 // The C++ API: one plain struct an op. Pointers are the caller's; an op never allocates, prints or exits.
 // On the CPU activations are f32 and a stream is null. Strides count elements between rows. m = tokens, n = outputs, k = inputs.
+// On a GPU activations are f16 or bf16: `dtype` says what the `float*` of an op's activations then really point at (weights of norms,
+// biases and tables stay f32), and so, since no kernel takes both, which device an op is for.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 namespace pe {
+
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // How the codes of a quantized weight lie in memory. Files hold `canonical` alone; pack.cpp makes the others at load.
 //   canonical  weight[n, ceil(k*bits/8)] row-major, even column in the low nibble; scale, zero [n, k/group]
@@ -43,11 +47,14 @@ struct QLinear {
   void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned
 };
 
-// y[m,n] = x[m,n] / sqrt(mean(x²) + eps) · weight[n].  Bound: 1e-6 relative.
+// y[m,n] = x[m,n] / sqrt(mean(x²) + eps) · weight[n], after x += residual where there is one; the sum, rounded to dtype, replaces the
+// residual.  Bound: 1e-6 relative for f32; f16 and bf16 add the rounding of the sum and of y, 2^-11 or 2^-8 of each value at most.
 struct RmsNorm {
   int64_t m = 0, n = 0;
+  Dtype dtype = Dtype::f32;
   const float* x = nullptr;
-  const float* weight = nullptr;
+  float* residual = nullptr;       // nullable [m,n]
+  const float* weight = nullptr;   // f32[n]
   float* y = nullptr;
   float eps = 0;
 };
