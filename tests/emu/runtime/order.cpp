@@ -58,8 +58,7 @@ void forget_launch() { launches.pop_back(); }
 
 void forget_launches() {
   launches.clear();
-  published.clear();
-  serials = 1;
+  published.clear();  // but serials go on: stamps in shared memory are told from stale ones by them
 }
 
 const Launch* launch_of(u32 team) {
