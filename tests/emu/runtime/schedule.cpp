@@ -333,6 +333,12 @@ void pause(Lane& lane, u32 site) {
   if (next != &lane) emu_switch(&lane.sp, next ? next->sp : w.main_sp);
 }
 
+void take_turns(Lane& lane) {
+  Worker& w = *lane.worker;
+  Lane* next = w.pick();
+  if (next != &lane) emu_switch(&lane.sp, next->sp);
+}
+
 void stop(Lane& lane) {
   lane.team->launch->stopped = true;
   emu_switch(&lane.sp, lane.worker->main_sp);

@@ -65,7 +65,7 @@ void wait_at(Lane& lane, Barrier& b, u32 site) {
   lane.state = State::blocked;
   complete_if_all_came(lane, b);
   if (lane.state == State::ready) {   // it has woken itself: all go on in the order of the scheduler
-    pause(lane, site);
+    take_turns(lane);
     return;
   }
   block_on(lane, "a barrier", site);
@@ -139,7 +139,7 @@ void collective(Lane& lane, u32 mask, void* arg, Execute execute, long variant, 
   lane.state = State::blocked;
   execute_if_all_came(lane, at);
   if (lane.state == State::ready) {
-    pause(lane, site);
+    take_turns(lane);
   } else {
     block_on(lane, name, site);
   }
