@@ -16,7 +16,8 @@ DTYPES = {torch.float16: 1, torch.bfloat16: 2}
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # ops.h
 # Kernel → tokens it is tried with.
 DECODE = {"qlinear_decode_sm80": (1, 2, 3, 7, 8, 9, 16)}
-KERNELS = DECODE
+GEMM = {"qlinear_gemm_sm80": (1, 17, 32, 33, 64, 70, 130)}
+KERNELS = DECODE | GEMM
 # (n, k, group): minimal, odd, several tiles of outputs, inputs that several blocks share, more inputs than an outlier's entry can tell apart.
 SHAPES = ((1, 32, 32), (17, 64, 64), (33, 96, 32), (35, 37, 37), (130, 104, 104), (64, 256, 128), (100, 576, 64), (70, 1536, 128), (20, 4096 + 96, 32))
 

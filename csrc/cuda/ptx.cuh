@@ -60,6 +60,15 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// Four matrices of 8 × 8 values of 16 bits from shared memory: lane i gives the address of row i%8 of matrix i/8, and gets of each
+// matrix row lane/4, values 2(lane%4) and the next one.
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+
 // d[16,8] += a[16,16] · b[16,8] over a warp, products exact, sums in f32. Lane 4g+t holds of a: rows (g, g+8, g, g+8) × columns
 // (2t, 2t, 2t+8, 2t+8) and the next one each; of b: rows 2t and 2t+8 and the next one each, column g; of d: rows (g, g, g+8, g+8) ×
 // columns (2t, 2t+1, 2t, 2t+1). The type of the first argument is that of a and b.
