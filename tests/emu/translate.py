@@ -186,7 +186,7 @@ class Body:
         self.sites, self.files, self.site = sites, files, 0
         self.scopes: list[dict[str, tuple[str, str]]] = [{}]
         self.labels: list[dict[str, str]] = [self.find_labels(0)]
-        self.count, self.passed, self.targets = 0, set(), {}
+        self.count, self.passed, self.targets, self.inlined = 0, set(), {}, {}
         self.declarations: list[str] = []
         self.lines: list[str] = []
         self.params = {}
@@ -200,7 +200,6 @@ class Body:
         self.watched = {
             r for s in function.body if s.op.startswith("wgmma.mma") for o in s.operands[:2] if o.startswith("{") for r in re.findall(r"[\w$%]+", o)
         }
-        self.watch_wgmma = False
 
     def find_labels(self, start: int) -> dict[str, str]:
         """The labels of the scope that begins at a statement, its inner scopes left out."""
@@ -254,8 +253,14 @@ class Body:
         return [f"{m[1]}{i}" for i in range(int(m[2]))] if m else [text]
 
     def note_site(self, groups: tuple[str | None, ...]) -> None:
-        file, line, caller, caller_line = groups
-        key = (self.files.get(file, "?"), int(line), self.files.get(caller) if caller else None, int(caller_line or 0))
+        """The line, and the outermost one that it was inlined at: .loc names the nearest alone, lines before it name the others."""
+        file, line, *outer = groups
+        outer = tuple(outer) if outer[0] else None
+        if outer:
+            self.inlined[file, line] = outer
+        for _ in range(8):
+            outer = self.inlined.get(outer, outer)
+        key = (self.files.get(file, "?"), int(line), self.files[outer[0]] if outer else None, int(outer[1]) if outer else 0)
         self.site = self.sites.setdefault(key, len(self.sites))
 
     def registers_in_flight(self, s: Statement) -> str:
