@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 
+import conformance
 import numpy as np
 import pytest
-
-from emu import conformance
-from emu.conformance import ROWS, THREADS, decode, round_to
+from conformance import ROWS, THREADS, decode, round_to
+from conformance_machine import WORDS, make_input
+from conformance_threads import KERNELS
 
 
 def close(got: np.ndarray, expected: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
@@ -46,3 +47,17 @@ def test_arithmetic(kernel_device, number):
         result = result.astype(expected.dtype) if result.dtype.kind == "f" else result
         good = close(result, expected, out, row.tolerance)
         assert good.all(), (row.text.format(**chosen), [(o[~good][:3]).tolist() for o in operands], result[~good][:3].tolist(), expected[~good][:3].tolist())
+
+
+@pytest.mark.parametrize("number", range(len(KERNELS)), ids=lambda i: KERNELS[i].name)
+def test_machine(kernel_device, number):
+    device, kernel = kernel_device, KERNELS[number]
+    if kernel.arch > device.arch:
+        pytest.skip(f"needs compute capability {kernel.arch / 10}")
+    values = make_input(np.random.default_rng(number))
+    expected = kernel.expected(values)
+    for schedule in device.schedules(seeds=1):
+        given, got = device.array(values), device.empty(WORDS, np.uint64)
+        assert device.library.run_kernel(number, ctypes.c_void_p(given.ptr), ctypes.c_void_p(got.ptr), ctypes.c_void_p(device.stream)) == 0, device.reports()
+        wrong = np.flatnonzero(got.numpy()[: len(expected)] != expected)
+        assert not len(wrong), (schedule, wrong[:8], [hex(v) for v in got.numpy()[wrong[:4]]], [hex(v) for v in expected[wrong[:4]]])

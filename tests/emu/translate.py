@@ -37,14 +37,15 @@ def clean(name: str) -> str:
 
 
 class Shared:
-    """Where the shared arrays of a module lie in the window of a block."""
+    """Where the shared arrays that a function can reach lie in the window of a block: those of the file, of functions that are called, its own."""
 
-    def __init__(self, module: Module):
+    def __init__(self, module: Module, function: Function):
         self.arrays: dict[str, tuple[int, int]] = {}
         self.dynamic: set[str] = set()
         at, align = RED_ZONE, 16
-        inner = [s.value for f in module.functions for s in f.body if s.kind == "variable" and s.value.space == "shared"]
-        for v in [v for v in module.variables if v.space == "shared"] + inner:
+        inner = [s.value for f in module.functions if not f.entry for s in f.body if s.kind == "variable"]
+        own = [s.value for s in function.body if s.kind == "variable"] if function.entry else []
+        for v in [v for v in module.variables + inner + own if v.space == "shared"]:
             if v.count is None:
                 self.dynamic.add(v.name)
                 align = max(align, v.align)
@@ -321,8 +322,7 @@ def initial_bytes(v: Variable) -> str:
 
 def translate(text: str, arch: int) -> str:
     module = parse(text)
-    shared, sites = Shared(module), {}
-    symbols, out = {}, []
+    sites, symbols, out = {}, {}, []
     for v in module.variables:
         if v.space in ("global", "const"):
             symbols[v.name] = f"G_{clean(v.name)}"
@@ -332,6 +332,7 @@ def translate(text: str, arch: int) -> str:
     called = {f.name for f in module.functions if not f.entry}
     signatures, bodies, rows = [], [], []
     for number, f in enumerate(module.functions):
+        shared = Shared(module, f)
         body = Body(f, shared, symbols, called, sites, module.files)
         code = body.translate()
         if f.entry:
