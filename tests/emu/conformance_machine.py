@@ -74,6 +74,7 @@ _orders = [(".volatile", ".volatile"), (".relaxed.gpu", ".relaxed.gpu"), (".rela
 kernel("ld st with an order", "".join(round_trip(".global", "b32", st, ld, i) for i, (st, ld) in enumerate(_orders)), lambda x: np.tile(x[:64] & np.uint64(0xFFFFFFFF), 5))
 kernel("ld st shared::", round_trip(".shared::cta", "b32") + "__syncthreads();" + round_trip(".shared::cluster", "b32", slot=1), lambda x: np.tile(x[:64] & np.uint64(0xFFFFFFFF), 2), arch=90)
 _hints = [(".cg", ".cg"), (".cs", ".cs"), ("", ".ca"), ("", ".L1::no_allocate")]
+kernel("ld st with a hint, of each type", "".join(round_trip(".global", k, ".cs", ".cs", i) for i, k in enumerate(TYPES)).replace(".cs.global", ".global.cs"), lambda x: np.concatenate([extended(x[:64], k) for k in TYPES]))
 _hinted = "".join(
     "{ uint32_t d; " + asm(f"st.global{st}.b32 [%1], %2; ld.global{ld}.b32 %0, [%1];", '"=r"(d)', '"l"(out + 2048 + 4 * t), "r"(uint32_t(in[t]))') + f"out[{64 * i} + t] = d; }}"
     for i, (st, ld) in enumerate(_hints)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from conformance_machine import KERNELS, WORDS, asm, kernel
+from conformance_machine import asm, kernel
 
 U32 = np.uint64(0xFFFFFFFF)
 T = np.arange(64, dtype=np.uint64)
@@ -118,11 +118,12 @@ def handshake(space: str, address: str, slot: int, wait: str, arch_text: str = "
 
 _mbar = handshake(".shared", _B, 0, "try_wait.parity") + handshake(".shared::cta", _B, 1, "test_wait.parity") + handshake("", _GENERIC, 2, "try_wait.parity")
 _state = "if (t == 0) { " + asm("mbarrier.init.shared.b64 [%0], 64;", "", _B) + "} __syncthreads(); s[t] = t;\n" + asm("{.reg .pred p; .reg .b64 q; mbarrier.arrive.shared.b64 q, [%0]; W: mbarrier.try_wait.shared.b64 p, [%0], q; @!p bra W; V: mbarrier.test_wait.shared.b64 p, [%0], q; @!p bra V;}", "", _B) + "out[96 + t] = s[63 - t];"
+_state += "__syncthreads(); if (t == 0) { " + asm("mbarrier.inval.shared.b64 [%0];", "", _B) + asm("mbarrier.init.shared.b64 [%0], 1;", "", _B) + "} __syncthreads(); if (t == 0) { " + asm("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 0;", "", _B) + "} " + asm(_wait.format("try_wait.parity.shared", 0), "", _B)
 kernel("mbarrier", _mbar + _state, lambda x: joined(31 - T[:32], 32 - T[:32], 33 - T[:32], 63 - T), arch=90)
 _expect = (
     "if (t == 0) { " + asm("mbarrier.init.shared::cta.b64 [%0], 2; fence.mbarrier_init.release.cluster;", "", _B) + "} __syncthreads();\n"
     "if (t == 0) { " + asm("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], 256; mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], 256;", "", _B)
-    + asm("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];", "", _B)
+    + asm("mbarrier.arrive.release.cluster.shared::cta.b64 _, [%0];", "", _B)
     + asm("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%1], [%2], 256, [%0];", "", '"r"(S + 4096), "r"(S), "l"(in)')
     + asm("{.reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p, 1.0; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%1], [%2], 256, [%0], p;}", "", '"r"(S + 4096), "r"(S + 256), "l"(in + 32)')
     + "}\n" + asm(_wait.format("try_wait.parity.shared::cta", 0), "", _B) + "out[t] = s[t];"
@@ -165,31 +166,3 @@ def cp_arrive(mode: str, space: str, address: str, count: int, slot: int) -> str
 
 _arrivals = cp_arrive(".noinc", ".shared", _B, 64, 0) + cp_arrive("", ".shared::cta", _B, 64, 1) + cp_arrive(".noinc", "", _GENERIC, 64, 2)
 kernel("cp.async.mbarrier.arrive", _arrivals, lambda x: np.tile(x[:64][::-1], 3), arch=90)
-
-
-# ---- the source ------------------------------------------------------------------------------------------------------------------
-PRELUDE = """// Made by conformance_threads.py.
-#include <cstdint>
-#include <cuda_runtime.h>
-__constant__ uint32_t constants[4] = {76, 77, 78, 79};
-__device__ __noinline__ uint32_t times_three(uint32_t v) { return 3 * v; }
-"""
-
-
-def source() -> str:
-    out, cases = [PRELUDE], ""
-    for i, k in enumerate(KERNELS):
-        body = f"  __shared__ alignas(1024) uint64_t s[1024];\n  const uint32_t t = threadIdx.x, S = uint32_t(__cvta_generic_to_shared(s));\n  (void)S, (void)s;\n{k.body}"
-        guarded = f"#if __CUDA_ARCH__ >= 900\n{body}\n#endif" if k.arch == 90 else body
-        out.append(f"__global__ void __launch_bounds__({k.threads}) kernel{i}(const uint64_t* in, uint64_t* out) {{\n{guarded}\n}}")
-        cases += f"case {i}: kernel{i}<<<1, {k.threads}, 0, cudaStream_t(stream)>>>(in, out); break; "
-    out.append(f'extern "C" __attribute__((visibility("default"))) int run_kernel(int i, const uint64_t* in, uint64_t* out, void* stream) {{\n  switch (i) {{ {cases} }}\n  return cudaGetLastError();\n}}')
-    return "\n".join(out) + "\n"
-
-
-if __name__ == "__main__":
-    import sys
-    from pathlib import Path
-
-    Path(sys.argv[1]).write_text(source())
-    assert WORDS == 4096

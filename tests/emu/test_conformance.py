@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conformance import ROWS, THREADS, decode, round_to
 from conformance_machine import WORDS, make_input
-from conformance_threads import KERNELS
+from conformance_matrices import KERNELS
 
 
 def close(got: np.ndarray, expected: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
