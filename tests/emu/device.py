@@ -87,7 +87,7 @@ class Emulated:
         return made
 
     def download(self, array: Array) -> np.ndarray:
-        self.library.emu_synchronize()
+        self.library.emu_synchronize(self.stream)  # and no other: results of a kernel in another stream are not waited for
         values = np.empty(array.shape, array.dtype)
         assert self.library.emu_download(values.ctypes.data, array.ptr, array.nbytes)
         return values

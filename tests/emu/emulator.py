@@ -80,7 +80,7 @@ def load_library(path: Path) -> ctypes.CDLL:
         ("protect", None, (u64, u64, number)),
         ("written", u64, (u64, u64)),
         ("stream", u64, ()),
-        ("synchronize", None, ()),
+        ("synchronize", None, (u64,)),
         ("reports", text, ()),
         ("count", u64, (number,)),
         ("reset", None, ()),

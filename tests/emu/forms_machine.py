@@ -9,7 +9,7 @@ from ptx import PtxError
 
 TYPES = "b8|u8|s8|b16|u16|s16|b32|u32|s32|f32|b64|u64|s64|f64"
 SPACE = {"global": "g", "shared": "s", "shared::cta": "s", "shared::cluster": "s", "local": "l", "const": "g", "": "a"}
-SCOPE = ".cta|.cluster|.gpu|.sys"
+SCOPE = ".cta|.gpu|.sys"
 
 
 # ---- loads and stores ------------------------------------------------------------------------------------------------------------
@@ -49,14 +49,14 @@ def _bool(v: object) -> str:
 
 
 # `.nc` and the hints for caches change no result; that nobody writes what `.nc` reads follows from the race detector.
-_HINTS = "(.L1::no_allocate|.L1::evict_first|.L1::evict_last)?(.L2::128B|.L2::256B)?"
-form(f"ld(.volatile|.relaxed.cta|.relaxed.gpu|.relaxed.sys|.acquire.cta|.acquire.gpu|.acquire.sys)?(.global|.shared|.shared::cta|.shared::cluster)?(.v2|.v4)?.({TYPES})", _load)
+_HINTS = "(.L1::no_allocate|.L1::evict_first)?(.L2::128B|.L2::256B)?"
+form(f"ld(.volatile|.relaxed.gpu|.relaxed.sys|.acquire.gpu|.acquire.sys)?(.global|.shared|.shared::cta|.shared::cluster)?(.v2|.v4)?.({TYPES})", _load)
 form(f"ld()(.local|.param|.const)(.v2|.v4)?.({TYPES})", _load)
 form(f"ld.global.nc{_HINTS}(.v2|.v4)?.({TYPES})", lambda g, ins: _load(("", ".global", g[2], g[3]), ins))
-form(f"ld.global(.L1::no_allocate|.L1::evict_first|.ca|.cg|.cs|.cv)(.v2|.v4)?.({TYPES})", lambda g, ins: _load(("", ".global", g[1], g[2]), ins))
-form(f"st(.volatile|.relaxed.cta|.relaxed.gpu|.relaxed.sys|.release.cta|.release.gpu|.release.sys)?(.global|.shared|.shared::cta|.shared::cluster)?(.v2|.v4)?.({TYPES})", _store)
+form(f"ld.global(.L1::no_allocate|.ca|.cg|.cs)(.v2|.v4)?.({TYPES})", lambda g, ins: _load(("", ".global", g[1], g[2]), ins))
+form(f"st(.volatile|.relaxed.gpu|.relaxed.sys|.release.gpu|.release.sys)?(.global|.shared|.shared::cta|.shared::cluster)?(.v2|.v4)?.({TYPES})", _store)
 form(f"st()(.local|.param)(.v2|.v4)?.({TYPES})", _store)
-form(f"st.global(.cg|.cs|.wb|.wt|.L1::no_allocate)(.v2|.v4)?.({TYPES})", lambda g, ins: _store(("", ".global", g[1], g[2]), ins))
+form(f"st.global(.cg|.cs)(.v2|.v4)?.({TYPES})", lambda g, ins: _store(("", ".global", g[1], g[2]), ins))
 
 
 def _cvta(g, ins) -> str:
@@ -66,7 +66,8 @@ def _cvta(g, ins) -> str:
     return ins.put(0, f"u64(to_shared(me, {ins.value(1, 'u64')}, {ins.site()}))" if g[0] else f"to_generic(me, u32({ins.value(1, 'u64')}))")
 
 
-form("cvta(.to)?.(global|shared|local|const|param).u64", _cvta)
+form("cvta().(global|shared|local|const|param).u64", _cvta)
+form("cvta(.to).(global|shared|local|const).u64", _cvta)
 form("mapa.shared::cluster.u32", lambda g, ins: ins.put(0, f"map_rank(me, {ins.value(1, 'u32')}, {ins.value(2, 'u32')}, {ins.site()})"))
 form(
     "isspacep.(global|shared|local)",
@@ -75,7 +76,6 @@ form(
 form("prefetch.global.(L1|L2)", lambda g, ins: ins.nothing(1))
 form("prefetch.tensormap", lambda g, ins: f"check_tensor_map(me, {ins.address(0)}, {ins.site()});")
 form("createpolicy.fractional.(L2::evict_first|L2::evict_last).b64", lambda g, ins: ins.put(0, "u64(0)"))
-form("fence.proxy.tensormap::generic.(acquire|release).gpu", lambda g, ins: ";")
 
 
 # ---- atomics ---------------------------------------------------------------------------------------------------------------------
@@ -96,18 +96,17 @@ def _atomic(order, space, op, kind, ins, returns: bool) -> str:
     return ins.put(0, call) if returns else call + ";"
 
 
-_ATOM_TYPES = "u32|s32|u64|b32|b64|f32|f64|noftz.f16|noftz.f16x2|noftz.bf16x2"
 for _op, _types in {
     "add": "u32|s32|u64|f32|f64|noftz.f16|noftz.f16x2|noftz.bf16|noftz.bf16x2", "min": "u32|s32|u64|s64", "max": "u32|s32|u64|s64", "and": "b32|b64",
     "or": "b32|b64", "xor": "b32|b64", "exch": "b32|b64", "cas": "b16|b32|b64", "inc": "u32", "dec": "u32",
 }.items():  # fmt: skip
     form(
-        f"atom(.relaxed|.acquire|.release|.acq_rel)?({SCOPE})?(.global|.shared|.shared::cta|.shared::cluster)?.{_op}.({_types})",
+        f"atom(.relaxed|.acquire|.release|.acq_rel)?({SCOPE})?(.global|.shared)?.{_op}.({_types})",
         lambda g, ins, op=_op: _atomic(g[0], g[2], op, g[3], ins, True),
     )
     if _op not in ("exch", "cas"):
         form(
-            f"red(.relaxed|.release)?({SCOPE})?(.global|.shared|.shared::cta|.shared::cluster)?.{_op}.({_types})",
+            f"red(.relaxed|.release)?({SCOPE})?(.global|.shared)?.{_op}.({_types})",
             lambda g, ins, op=_op: _atomic(g[0], g[2], op, g[3], ins, False),
         )
 
@@ -122,7 +121,8 @@ form("griddepcontrol.wait", lambda g, ins: "grid_wait(me);")
 form("griddepcontrol.launch_dependents", lambda g, ins: ";")
 form("setmaxnreg.(inc|dec).sync.aligned.u32", lambda g, ins: ins.register_count())
 
-form("(membar|fence.sc|fence.acq_rel|fence).(cta|gl|gpu|sys|cluster)", lambda g, ins: f"fence(me, {_bool(g[1] == 'cta')});")
+form("membar.(cta|gl|sys)", lambda g, ins: f"fence(me, {_bool(g[0] == 'cta')});")
+form("fence.(sc|acq_rel).(cta|gpu|sys)", lambda g, ins: f"fence(me, {_bool(g[1] == 'cta')});")
 form("fence.proxy.async(.global|.shared::cta|.shared::cluster)?", lambda g, ins: "proxy_fence(me);")
 form("fence.mbarrier_init.release.cluster", lambda g, ins: "mbarrier_init_fence(me);")
 

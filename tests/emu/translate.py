@@ -37,14 +37,15 @@ def clean(name: str) -> str:
 
 
 class Shared:
-    """Where the shared arrays of a module lie in the window of a block."""
+    """Where the shared arrays that a function can reach lie in the window of a block: those of the file, of functions that are called, its own."""
 
-    def __init__(self, module: Module):
+    def __init__(self, module: Module, function: Function):
         self.arrays: dict[str, tuple[int, int]] = {}
         self.dynamic: set[str] = set()
         at, align = RED_ZONE, 16
-        inner = [s.value for f in module.functions for s in f.body if s.kind == "variable" and s.value.space == "shared"]
-        for v in [v for v in module.variables if v.space == "shared"] + inner:
+        inner = [s.value for f in module.functions if not f.entry for s in f.body if s.kind == "variable"]
+        own = [s.value for s in function.body if s.kind == "variable"] if function.entry else []
+        for v in [v for v in module.variables + inner + own if v.space == "shared"]:
             if v.count is None:
                 self.dynamic.add(v.name)
                 align = max(align, v.align)
@@ -186,7 +187,7 @@ class Body:
         self.sites, self.files, self.site = sites, files, 0
         self.scopes: list[dict[str, tuple[str, str]]] = [{}]
         self.labels: list[dict[str, str]] = [self.find_labels(0)]
-        self.count, self.passed, self.targets = 0, set(), {}
+        self.count, self.passed, self.targets, self.inlined = 0, set(), {}, {}
         self.declarations: list[str] = []
         self.lines: list[str] = []
         self.params = {}
@@ -200,7 +201,6 @@ class Body:
         self.watched = {
             r for s in function.body if s.op.startswith("wgmma.mma") for o in s.operands[:2] if o.startswith("{") for r in re.findall(r"[\w$%]+", o)
         }
-        self.watch_wgmma = False
 
     def find_labels(self, start: int) -> dict[str, str]:
         """The labels of the scope that begins at a statement, its inner scopes left out."""
@@ -254,8 +254,14 @@ class Body:
         return [f"{m[1]}{i}" for i in range(int(m[2]))] if m else [text]
 
     def note_site(self, groups: tuple[str | None, ...]) -> None:
-        file, line, caller, caller_line = groups
-        key = (self.files.get(file, "?"), int(line), self.files.get(caller) if caller else None, int(caller_line or 0))
+        """The line, and the outermost one that it was inlined at: .loc names the nearest alone, lines before it name the others."""
+        file, line, *outer = groups
+        outer = tuple(outer) if outer[0] else None
+        if outer:
+            self.inlined[file, line] = outer
+        for _ in range(8):
+            outer = self.inlined.get(outer, outer)
+        key = (self.files.get(file, "?"), int(line), self.files[outer[0]] if outer else None, int(outer[1]) if outer else 0)
         self.site = self.sites.setdefault(key, len(self.sites))
 
     def registers_in_flight(self, s: Statement) -> str:
@@ -316,8 +322,7 @@ def initial_bytes(v: Variable) -> str:
 
 def translate(text: str, arch: int) -> str:
     module = parse(text)
-    shared, sites = Shared(module), {}
-    symbols, out = {}, []
+    sites, symbols, out = {}, {}, []
     for v in module.variables:
         if v.space in ("global", "const"):
             symbols[v.name] = f"G_{clean(v.name)}"
@@ -327,6 +332,7 @@ def translate(text: str, arch: int) -> str:
     called = {f.name for f in module.functions if not f.entry}
     signatures, bodies, rows = [], [], []
     for number, f in enumerate(module.functions):
+        shared = Shared(module, f)
         body = Body(f, shared, symbols, called, sites, module.files)
         code = body.translate()
         if f.entry:

@@ -94,7 +94,7 @@ EMU_EXPORT int emu_download(void* to, u64 address, u64 bytes) {
 EMU_EXPORT void emu_protect(u64 address, u64 bytes, int read_only) { protect(address, bytes, read_only); }
 EMU_EXPORT u64 emu_written(u64 address, u64 bytes) { return count_written(address, bytes); }
 EMU_EXPORT u64 emu_stream() { return reinterpret_cast<u64>(create_stream(false)); }
-EMU_EXPORT void emu_synchronize() { host_waits_for_all(); }
+EMU_EXPORT void emu_synchronize(u64 stream) { host_waits(reinterpret_cast<void*>(stream)); }
 EMU_EXPORT const char* emu_reports() {
   static std::string text;
   text = reports(true);

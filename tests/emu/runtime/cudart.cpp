@@ -3,6 +3,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cxxabi.h>
+
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -32,6 +34,14 @@ thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
+std::string readable(const char* name) {
+  int status = 0;
+  char* text = abi::__cxa_demangle(name, nullptr, nullptr, &status);
+  const std::string result = status ? name : text;
+  free(text);
+  return result;
+}
+
 int shared_limit() { return options().arch == 90 ? 227 * 1024 : 163 * 1024; }
 
 // Null if the launch is one that a GPU would take.
@@ -57,7 +67,7 @@ cudaError_t launch(const void* host, dim3 grid, dim3 block, void** args, size_t 
   l.cluster = kernel->cluster.count() > 1 ? kernel->cluster : Dim3{cluster.x, cluster.y, cluster.z};
   l.dynamic_bytes = u32(shared_bytes);
   if (const char* why = refuse(l, f->second)) {
-    report(nullptr, "launch", 0, "%s: %s", kernel->name, why);
+    report(nullptr, "launch", 0, "%s: %s", readable(kernel->name).c_str(), why);
     forget_launch();
     return fail(cudaErrorInvalidConfiguration);
   }
@@ -66,7 +76,7 @@ cudaError_t launch(const void* host, dim3 grid, dim3 block, void** args, size_t 
   order_launch(l, stream, overlaps);
   run(l);
   if (overlaps && !l.waited && !l.stopped)
-    report(nullptr, "grid-dependency", 0, "%s may overlap the kernel before it and never calls griddepcontrol.wait", kernel->name);
+    report(nullptr, "grid-dependency", 0, "%s may overlap the kernel before it and never calls griddepcontrol.wait", readable(kernel->name).c_str());
   return l.stopped ? fail(cudaErrorLaunchFailure) : cudaSuccess;
 }
 

@@ -282,8 +282,8 @@ void forget_repeats();   // a mistake is reported once a launch
 void run(Launch& launch);
 void block_on(Lane& lane, const char* what, u32 site);   // until another lane wakes it
 void wake(Lane& lane);
+void take_turns(Lane& lane);                             // the lane can go on, and so can others that it has just woken
 void pause(Lane& lane, u32 site);                        // lets others run: a lane that polls would keep them from it
-void take_turns(Lane& lane);                             // it can run, as others can: whoever the scheduler picks goes on
 void many_branches(Lane& lane, u32 site);
 u64 random(Lane& lane);
 std::vector<BulkLoad>& loads_in_flight(Lane& lane);

@@ -318,6 +318,12 @@ void block_on(Lane& lane, const char* what, u32 site) {
   if (next != &lane) emu_switch(&lane.sp, next ? next->sp : w.main_sp);
 }
 
+void take_turns(Lane& lane) {
+  lane.worker->make_ready(lane);
+  Lane* next = lane.worker->pick();
+  if (next != &lane) emu_switch(&lane.sp, next ? next->sp : lane.worker->main_sp);
+}
+
 void wake(Lane& lane) {
   if (lane.state != State::blocked) return;
   lane.worker->polls = 0;
@@ -331,12 +337,6 @@ void pause(Lane& lane, u32 site) {
   w.yielded.push_back(&lane);
   Lane* next = w.pick();
   if (next != &lane) emu_switch(&lane.sp, next ? next->sp : w.main_sp);
-}
-
-void take_turns(Lane& lane) {
-  Worker& w = *lane.worker;
-  Lane* next = w.pick();
-  if (next != &lane) emu_switch(&lane.sp, next->sp);
 }
 
 void stop(Lane& lane) {

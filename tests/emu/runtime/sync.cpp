@@ -30,17 +30,18 @@ void join(const std::vector<Lane*>& lanes, std::vector<u32> more = {}) {
 
 // ---- bar -------------------------------------------------------------------------------------------------------------------------
 
-void complete_if_all_came(Lane& lane, Barrier& b) {
+bool complete_if_all_came(Lane& lane, Barrier& b) {
   const u32 threads = u32(lane.team->launch->block.count());
-  if (!b.arrived || b.arrived < (b.need ? b.need : threads - lane.block->exited)) return;
+  if (!b.arrived || b.arrived < (b.need ? b.need : threads - lane.block->exited)) return false;
   Barrier done = std::move(b);
   b = {};
-  if (done.waiting.empty()) return;
+  if (done.waiting.empty()) return true;
   join(done.waiting, std::move(done.clocks));
   for (Lane* l : done.waiting) {
     l->barrier_result = done.trues | (done.trues == done.arrived ? 1u << 31 : 0);
     wake(*l);
   }
+  return true;
 }
 
 Barrier& enter(Lane& lane, u32 id, u32 threads, u32 site) {
@@ -62,13 +63,11 @@ void wait_at(Lane& lane, Barrier& b, u32 site) {
     report(&lane, "divergence", site, "lanes of one warp wait at different barriers, the others at %s", where(together).c_str());
   together = site;
   b.waiting.push_back(&lane);
-  lane.state = State::blocked;
-  complete_if_all_came(lane, b);
-  if (lane.state == State::ready) {   // it has woken itself: all go on in the order of the scheduler
+  if (complete_if_all_came(lane, b)) {
     take_turns(lane);
-    return;
+  } else {
+    block_on(lane, "a barrier", site);
   }
-  block_on(lane, "a barrier", site);
 }
 
 }  // namespace
@@ -94,15 +93,16 @@ u32 bar_reduce(Lane& lane, u32 id, bool value, int op, u32 site) {
 
 namespace {
 
-void execute_if_all_came(Lane& lane, size_t which) {
+bool execute_if_all_came(Lane& lane, size_t which) {
   auto& pending = lane.block->warps[lane.warp];
   Collective& c = pending[which];
-  if ((c.mask & lane.block->alive[lane.warp]) & ~c.arrived) return;
+  if ((c.mask & lane.block->alive[lane.warp]) & ~c.arrived) return false;
   Collective done = c;
   pending.erase(pending.begin() + std::ptrdiff_t(which));
   reinterpret_cast<Execute>(const_cast<void*>(done.op))(done, *lane.block, lane.warp);
   const u32 first = lane.index - lane.id + lane.warp * 32;
   for (u32 left = done.arrived; left; left &= left - 1) wake(lane.team->lanes[first + u32(std::countr_zero(left))]);
+  return true;
 }
 
 std::vector<Lane*> lanes_of(Collective& c, Block&, u32) {
@@ -136,9 +136,7 @@ void collective(Lane& lane, u32 mask, void* arg, Execute execute, long variant, 
   if (at == pending.size()) pending.push_back({mask, 0, site, op, variant, {}});
   pending[at].arrived |= 1u << lane.lane;
   pending[at].arg[lane.lane] = arg;
-  lane.state = State::blocked;
-  execute_if_all_came(lane, at);
-  if (lane.state == State::ready) {
+  if (execute_if_all_came(lane, at)) {
     take_turns(lane);
   } else {
     block_on(lane, name, site);

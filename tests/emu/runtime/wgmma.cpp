@@ -139,7 +139,7 @@ void rendezvous(Lane& lane, WgmmaArg& arg, u32 site) {
   execute(done, first);
   for (u32 l = 0; l < 128; ++l)
     if (&lane.team->lanes[first.index + l] != &lane) wake(lane.team->lanes[first.index + l]);
-  pause(lane, site);
+  take_turns(lane);
 }
 
 }  // namespace
