@@ -42,6 +42,11 @@ __device__ __forceinline__ uint32_t half_signs(uint32_t a) {
   return d;
 }
 
+// Stores 16 bytes at once in global memory; an assignment may be compiled to four stores.
+__device__ __forceinline__ void store16(void* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // Asks for the 128 bytes around an address to be brought into L2.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

@@ -107,8 +107,8 @@ struct Maker {
       for (int i = 0; i < 2; ++i) dequant(word + (bits == 8 ? 2 * i : 2 * half + i), step[i]);
       for (int high = 0; high < 2; ++high) {
         const __half s = high ? __high2half(scale[half]) : __low2half(scale[half]);
-        *reinterpret_cast<uint4*>(w + (w_place ^ half * 64) + high * 1024) = {times<T>(step[0][high], s), times<T>(step[0][2 + high], s),
-                                                                              times<T>(step[1][high], s), times<T>(step[1][2 + high], s)};
+        *reinterpret_cast<uint4*>(w + (w_place ^ half * 64) + high * 1024) = make_uint4(
+            times<T>(step[0][high], s), times<T>(step[0][2 + high], s), times<T>(step[1][high], s), times<T>(step[1][2 + high], s));
       }
     }
     if (op.outlier_entry) {
