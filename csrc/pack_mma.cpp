@@ -99,7 +99,9 @@ size_t workspace_bytes(const QLinear& op) {
   const int64_t bands = blocks_of(op.n, kTile);
   size_t most = 0;
   for (const int width : {8, 16}) most = std::max(most, bytes(decode_split(op, width), bands, kTile * width));
-  if (op.m > 0) most = std::max(most, bytes(gemm_split(op), gemm_blocks(op), kGemmOutputs * gemm_tokens(op)));
+  if (op.m == 0) return most;
+  for (const int tokens : {gemm_tokens(op), std::max(64, gemm_tokens(op))})  // sm_80, sm_90a
+    most = std::max(most, bytes(gemm_split(op, tokens), gemm_blocks(op, tokens), kGemmOutputs * tokens));
   return most;
 }
 

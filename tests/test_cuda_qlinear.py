@@ -17,7 +17,20 @@ BOUND = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # ops.h
 # Kernel → tokens it is tried with.
 DECODE = {"qlinear_decode_sm80": (1, 2, 3, 7, 8, 9, 16)}
 GEMM = {"qlinear_gemm_sm80": (1, 17, 32, 33, 64, 70, 130)}
-KERNELS = DECODE | GEMM
+GEMM_SM90 = {"qlinear_gemm_sm90": (17, 33, 64, 65, 70, 128, 130)}
+KERNELS = DECODE | GEMM | GEMM_SM90
+
+
+@pytest.fixture
+def kernel(request, device):
+    name = request.param
+    if name.endswith("_sm90") and device.arch != 90:
+        pytest.skip("a kernel for compute capability 9.0")
+    return name
+
+
+def each_kernel(kernels=KERNELS):
+    return pytest.mark.parametrize("kernel", kernels, indirect=True)
 # (n, k, group): minimal, odd, several tiles of outputs, inputs that several blocks share, more inputs than an outlier's entry can tell apart.
 SHAPES = ((1, 32, 32), (17, 64, 64), (33, 96, 32), (35, 37, 37), (130, 104, 104), (64, 256, 128), (100, 576, 64), (70, 1536, 128), (20, 4096 + 96, 32))
 
@@ -88,7 +101,7 @@ def error(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", (4, 8))
-@pytest.mark.parametrize("kernel", KERNELS)
+@each_kernel()
 def test_shapes_masks_and_tokens(device, kernel, bits, dtype):
     """Every shape with every mask of outliers; tokens, zeros, bias, residual and the schedule change from case to case."""
     schedules = itertools.cycle(("in_order", "reverse", "greedy", "random"))
@@ -105,7 +118,7 @@ def test_shapes_masks_and_tokens(device, kernel, bits, dtype):
         device.check()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@each_kernel()
 def test_every_schedule_gives_the_same_bits(device, kernel):
     """Several blocks share outputs here, whose sums must be added in one order whoever comes last."""
     problem, m = Problem(device, random_weight(130, 1536, 128, 4, True, "dense")), KERNELS[kernel][-2]
@@ -117,7 +130,7 @@ def test_every_schedule_gives_the_same_bits(device, kernel):
     assert all(torch.equal(y, results[0]) for y in results)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@each_kernel()
 def test_every_schedule_is_free_of_races(device, kernel):
     for bits, (n, k, group) in ((4, (100, 576, 64)), (8, (70, 1024 + 32, 32))):
         problem, m = Problem(device, random_weight(n, k, group, bits, True, "sparse", bias=True)), KERNELS[kernel][-1]
@@ -128,7 +141,7 @@ def test_every_schedule_is_free_of_races(device, kernel):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", DECODE)
+@each_kernel(DECODE)
 def test_decode_multiplies_codes_and_outliers_exactly(device, kernel, dtype):
     """Scales of 1 and small whole numbers everywhere: f32 sums them exactly, and y has room for each. All codes, all zeros up to 127."""
     for bits in (4, 8):
@@ -143,7 +156,7 @@ def test_decode_multiplies_codes_and_outliers_exactly(device, kernel, dtype):
         assert torch.equal(y, problem.expected(x).to(dtype))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@each_kernel()
 def test_a_token_with_nan_leaves_its_neighbours_alone(device, kernel):
     problem, m = Problem(device, random_weight(20, 96, 32, mask="sparse")), KERNELS[kernel][-1]
     problem.place(m)
@@ -154,7 +167,7 @@ def test_a_token_with_nan_leaves_its_neighbours_alone(device, kernel):
     assert torch.isnan(y[1]).all() and error(y[others], problem.expected(x)[others]) <= BOUND[x.dtype]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@each_kernel()
 def test_a_kernel_says_what_it_refuses(device, kernel):
     problem = Problem(device, random_weight(20, 96, 32))
     for change, why in (

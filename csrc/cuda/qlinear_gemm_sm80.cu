@@ -5,13 +5,12 @@
 // is multiplied from the other of two buffers, X·Wᵀ. Codes and x come by background copies, two tiles ahead of their use; a lane copies
 // the very codes that it will read, so these need no barrier, and there is one barrier a tile.
 //
-// Rows of 128 bytes in shared memory are swizzled: the 16-byte piece c of row r lies at place c ^ f(r). f takes all of 0…7 over 8 rows,
-// which is what reading matrices needs, and neighbours differ in bit 2, which is what writing four pieces of two rows at a time needs.
+// Rows of 128 bytes in shared memory are swizzled, so that 8 rows' pieces of one column lie in different banks.
 #include <algorithm>
 
-#include "cuda/dequant.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/layout_mma.cuh"
+#include "cuda/make_weights.cuh"
 #include "cuda/ptx.cuh"
 #include "dispatch.h"
 
@@ -22,8 +21,6 @@ constexpr int kWarps = 8, kOutputs = mma::kGemmOutputs;
 constexpr int kStages = 4;  // one tile is multiplied, one turned into weights, two are on their way
 constexpr int kOutRow = kOutputs + 8;  // f32 of a row of y on its way out; 8 more put rows of a quarter warp into different banks
 static_assert(kWarps * mma::kBand == kOutputs);
-
-__device__ __forceinline__ int swizzle(int row, int piece) { return piece ^ ((row & 1) << 2 | (row >> 1 & 3)); }
 
 template <int bits, int M>
 struct alignas(16) Shared {
@@ -37,90 +34,22 @@ constexpr size_t shared_bytes() {
   return std::max(sizeof(Shared<bits, M>), size_t(M * kOutRow * 4));
 }
 
-// A warp's share of making weights: the codes of 16 outputs, with their scales, zeros and outliers, each fetched a tile or more ahead.
-template <class T, int bits, int M>
-struct Maker {
-  const QLinear& op;
-  const Shares& shares;
-  Shared<bits, M>& shared;
-  int warp, lane, g, t, end;
-  int w_place;              // byte of the lane's first piece in w
-  uint32_t code_address;
-  const uint4* weight;      // of the tile to be copied next
-  size_t group_base;        // of scales and zeros: the first group of the lane's outputs g and g+8
-  const uint32_t* offset;   // of the band's tiles of outliers
-  __half2 scale[2];         // of the halves of the next tile
-  uint32_t zero[2];
-  uint32_t first, last, after;  // outliers of the next tile begin and end; those of the tile after it end
-  uint32_t entry = 0;           // of the next tile, the lane's
+// The warp's codes of a tile, in the order of the tiles. A pointer that moves with them stays in a register; one computed from the tile
+// the compiler computes at every tile from the beginning, 64 bits wide.
+template <int bits>
+struct Codes {
+  uint32_t to;
+  const uint4* from;
 
-  __device__ Maker(const QLinear& op, const Shares& shares, Shared<bits, M>& shared, int begin, int end)
-      : op(op), shares(shares), shared(shared), end(end) {
-    warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    // Of 128 outputs the last 64 may lie beyond n: then the tile before is computed twice, and its second result not stored.
-    w_place = (warp * mma::kBand + g) * 128 + swizzle(g, t) * 16;
-    code_address = ptx::shared(&shared.code[0][warp][0][lane]);
-    const size_t tile = min(int(blockIdx.x * 2 + warp / 4), int((op.n - 1) / mma::kTile)), band = warp % 4;
-    weight = reinterpret_cast<const uint4*>(op.weight) + ((tile * shares.tiles + begin) * 4 + band) * (bits / 4 * 32) + lane;
-    group_base = tile * shares.groups * mma::kTile + g * 8 + band * 2;
-    offset = op.outlier_offset + (tile * 4 + band) * shares.tiles;
-    fetch_groups(begin);
-    if (op.outlier_entry) {
-      first = offset[begin], last = offset[begin + 1], after = offset[min(begin + 2, end)];
-      fetch_entry();
-    }
+  template <class Shared>
+  __device__ Codes(const QLinear& op, const Shares& shares, Shared& shared, int warp, int begin) {
+    const int lane = threadIdx.x % 32;
+    to = ptx::shared(&shared.code[0][warp][0][lane]);
+    from = codes_of<bits>(op, shares, warp, begin) + lane;
   }
-
-  // The tiles' copies are asked for in their order. A pointer that moves with them stays in a register; one that is computed from the
-  // tile the compiler computes at every tile from the beginning, 64 bits wide.
   __device__ void copy(unsigned tile) {
-    const uint32_t to = code_address + tile % kStages * sizeof(shared.code[0]);
-    for (int i = 0; i < bits / 4; ++i) ptx::copy_async(to + i * 512, weight + i * 32);
-    weight += 4 * bits / 4 * 32;
-  }
-
-  __device__ void fetch_groups(int tile) {
-    for (int i = 0; i < 2; ++i) {
-      const int group = (tile * mma::kTile + i * 32) >> shares.group_shift;
-      const size_t at = group_base + size_t(min(group, shares.groups - 1)) * mma::kTile;
-      scale[i] = *reinterpret_cast<const __half2*>(static_cast<const __half*>(op.scale) + at);
-      zero[i] = op.zero ? *reinterpret_cast<const uint16_t*>(op.zero + at) : (1 << (bits - 1)) * 0x101;
-    }
-  }
-
-  __device__ void fetch_entry() { entry = first + lane < last ? op.outlier_entry[first + lane] : 0; }
-
-  __device__ void place_outlier(char* w, uint32_t e) const {
-    const int row = warp * mma::kBand + (e >> 12 & 15), c = e % mma::kTile;
-    *reinterpret_cast<T*>(w + row * 128 + swizzle(row, c / 8) * 16 + c % 8 * 2) = outlier_value<T>(e);
-  }
-
-  // Makes the weights of a tile, and fetches what the next one needs.
-  __device__ void make(int tile) {
-    char* w = reinterpret_cast<char*>(shared.w[tile & 1]);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Dequant<T, bits> dequant(zero[half]);
-      const uint4 piece = shared.code[unsigned(tile) % kStages][warp][bits == 8 ? half : 0][lane];
-      const uint32_t word[4] = {piece.x, piece.y, piece.z, piece.w};
-      uint32_t step[2][4];
-      for (int i = 0; i < 2; ++i) dequant(word + (bits == 8 ? 2 * i : 2 * half + i), step[i]);
-      for (int high = 0; high < 2; ++high) {
-        const __half s = high ? __high2half(scale[half]) : __low2half(scale[half]);
-        *reinterpret_cast<uint4*>(w + (w_place ^ half * 64) + high * 1024) = make_uint4(
-            times<T>(step[0][high], s), times<T>(step[0][2 + high], s), times<T>(step[1][high], s), times<T>(step[1][2 + high], s));
-      }
-    }
-    if (op.outlier_entry) {
-      __syncwarp();  // the weights that they replace are there
-      if (first + lane < last) place_outlier(w, entry);
-#pragma unroll 1
-      for (uint32_t at = first + 32 + lane; at < last; at += 32) place_outlier(w, op.outlier_entry[at]);
-      first = last, last = after;
-      fetch_entry();
-      after = offset[min(tile + 3, end)];
-    }
-    if (tile + 1 < end) fetch_groups(tile + 1);
+    for (int i = 0; i < bits / 4; ++i) ptx::copy_async(to + tile % kStages * (kWarps * bits / 4 * 512) + i * 512, from + i * 32);
+    from += 4 * bits / 4 * 32;
   }
 };
 
@@ -219,9 +148,14 @@ qlinear_gemm_kernel(const __grid_constant__ QLinear op, const __grid_constant__ 
   auto& shared = *reinterpret_cast<Shared<bits, M>*>(memory);
   const int begin = blockIdx.z * shares.per_block, end = min(begin + shares.per_block, shares.tiles);
   ptx::dependency_release();
-  Maker<T, bits, M> maker(op, shares, shared, begin, end);
+  const int warp = threadIdx.x / 32;
+  Codes<bits> codes(op, shares, shared, warp, begin);
+  Maker<T, bits> maker(op, shares, warp, begin, end);
   Multiplier<T, bits, M> product(op, shared, begin);
-  for (int tile = begin; tile < min(begin + kStages - 1, end); ++tile) maker.copy(tile);
+  auto make = [&](int tile) {
+    maker.make(tile, shared.code[unsigned(tile) % kStages][warp][0], reinterpret_cast<char*>(shared.w[tile & 1][warp * mma::kBand]));
+  };
+  for (int tile = begin; tile < min(begin + kStages - 1, end); ++tile) codes.copy(tile);
   ptx::copy_commit();
   ptx::dependency_wait();  // weights are nobody's output, x is
   for (int tile = begin; tile < begin + kStages - 1; ++tile) {
@@ -229,13 +163,13 @@ qlinear_gemm_kernel(const __grid_constant__ QLinear op, const __grid_constant__ 
     ptx::copy_commit();
   }
   ptx::copy_wait<kStages - 1>();
-  maker.make(begin);
+  make(begin);
   for (int tile = begin; tile < end; ++tile) {
     ptx::copy_wait<kStages - 3>();
     __syncthreads();  // this tile's x and weights are there, and nobody reads those of the one before any more
-    if (tile + kStages - 1 < end) maker.copy(tile + kStages - 1), product.copy_x(tile + kStages - 1);
+    if (tile + kStages - 1 < end) codes.copy(tile + kStages - 1), product.copy_x(tile + kStages - 1);
     ptx::copy_commit();
-    if (tile + 1 < end) maker.make(tile + 1);
+    if (tile + 1 < end) make(tile + 1);
     product.multiply(tile);
   }
   ptx::copy_wait<0>();
@@ -246,10 +180,11 @@ qlinear_gemm_kernel(const __grid_constant__ QLinear op, const __grid_constant__ 
 
 template <class T, int bits, int M>
 void start(const QLinear& op, void* stream) {
-  const mma::Split split = mma::gemm_split(op);
+  const int64_t tiles = mma::gemm_blocks(op, M);
+  const mma::Split split = mma::gemm_split(op, M);
   const dim3 grid(unsigned(mma::blocks_of(op.n, kOutputs)), unsigned(mma::blocks_of(op.m, M)), unsigned(split.count));
   launch(qlinear_gemm_kernel<T, bits, M>, grid, dim3(kWarps * 32), shared_bytes<bits, M>(), stream, op,
-         shares_of(op, split, mma::gemm_blocks(op)));
+         shares_of(op, split, tiles));
 }
 
 void run(const QLinear& op, void* stream) {
