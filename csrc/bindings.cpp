@@ -118,7 +118,7 @@ void bind_elementwise(py::module_& m, py::class_<Program>& program) {
   pointer(norm, "residual", &RmsNorm::residual), dtype(norm, &RmsNorm::dtype);
   auto silu = bind<SiluMul>(m, program, "SiluMul");
   silu.def_readwrite("m", &SiluMul::m).def_readwrite("n", &SiluMul::n);
-  pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y);
+  pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y), dtype(silu, &SiluMul::dtype);
 }
 
 void bind_attention(py::module_& m, py::class_<Program>& program) {
@@ -128,6 +128,7 @@ void bind_attention(py::module_& m, py::class_<Program>& program) {
   auto rope = bind<RopeKV>(m, program, "RopeKV");
   rope.def_readwrite("m", &RopeKV::m).def_readwrite("heads", &RopeKV::heads).def_readwrite("kv_heads", &RopeKV::kv_heads);
   rope.def_readwrite("head_dim", &RopeKV::head_dim).def_readwrite("qkv_stride", &RopeKV::qkv_stride).def_readwrite("cache", &RopeKV::cache);
+  dtype(rope, &RopeKV::dtype);
   pointer(rope, "qkv", &RopeKV::qkv), pointer(rope, "cos", &RopeKV::cos), pointer(rope, "sin", &RopeKV::sin);
   pointer(rope, "slot", &RopeKV::slot), pointer(rope, "position", &RopeKV::position);
   auto attention = bind<Attention>(m, program, "Attention");

@@ -73,9 +73,11 @@ struct RmsNorm {
   float eps = 0;
 };
 
-// y[m,n] = silu(x[m, 0:n]) · x[m, n:2n]; x holds gate and up side by side.  Bound: 1e-6 relative.
+// y[m,n] = silu(x[m, 0:n]) · x[m, n:2n]; x holds gate and up side by side.  Bound: 1e-6 relative for f32; f16 and bf16 add the rounding
+// of y, 2^-11 or 2^-8.
 struct SiluMul {
   int64_t m = 0, n = 0;
+  Dtype dtype = Dtype::f32;
   const float* x = nullptr;
   float* y = nullptr;
 };
@@ -92,6 +94,7 @@ struct KVCache {
 // qkv[m, (heads + 2·kv_heads)·head_dim]; pairs are (i, i + head_dim/2); cos, sin f32[≥ max position + 1, head_dim/2].
 struct RopeKV {
   int64_t m = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  Dtype dtype = Dtype::f32;        // of qkv
   float* qkv = nullptr;
   int64_t qkv_stride = 0;
   const float* cos = nullptr;

@@ -23,6 +23,8 @@ EXPECTED = {
     "qlinear_gemm_sm80": (r"HMMA\.16816\.F32", r"LDSM\.16\.M88\.4", r"LDGSTS\.E\.BYPASS\.128", r"STS\.128", r"STG\.E\.128"),
     "qlinear_gemm_sm90": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.2D", r"UBLKCP", r"STS\.128", r"STG\.E\.128"),
     "rmsnorm_sm80": (r"LDG\.E\.128", r"STG\.E\.128"),
+    "rope_kv_sm80": (r"LDG\.E\.128", r"STG\.E\.128"),
+    "silu_mul_sm80": (r"LDG\.E\.128", r"STG\.E\.128"),
 }
 
 

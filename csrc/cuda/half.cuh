@@ -53,6 +53,13 @@ __device__ __forceinline__ void load8(const T* from, float (&v)[8]) {
   }
 }
 
+__device__ __forceinline__ void load8(const float* from, float (&v)[8]) {
+  for (int i = 0; i < 2; ++i) {
+    const float4 four = reinterpret_cast<const float4*>(from)[i];
+    v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+  }
+}
+
 // Stores them rounded to T, which is also what v holds then.
 template <class T>
 __device__ __forceinline__ void store8(T* to, float (&v)[8]) {

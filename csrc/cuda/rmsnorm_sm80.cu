@@ -42,10 +42,9 @@ rmsnorm_kernel(const T* x, T* residual, const float* weight, T* y, int n, float 
   const float factor = rsqrtf(sum_over_block(sum) / float(n) + eps);
   const T* source = residual ? residual : x;
   for (int c = threadIdx.x * 8; c < n; c += kThreads * 8) {  // the very pieces that this thread has read and written above
-    float v[8];
+    float v[8], scale[8];
     load8(source + row + c, v);
-    const float4 w[2] = {*reinterpret_cast<const float4*>(weight + c), *reinterpret_cast<const float4*>(weight + c + 4)};
-    const float scale[8] = {w[0].x, w[0].y, w[0].z, w[0].w, w[1].x, w[1].y, w[1].z, w[1].w};
+    load8(weight + c, scale);
     for (int i = 0; i < 8; ++i) v[i] *= factor * scale[i];
     store8(y + row + c, v);
   }
