@@ -82,6 +82,7 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
   pointer(c, "weight", &QLinear::weight), pointer(c, "scale", &QLinear::scale), pointer(c, "zero", &QLinear::zero);
   pointer(c, "outlier_row", &QLinear::outlier_row), pointer(c, "outlier_col", &QLinear::outlier_col);
   pointer(c, "outlier_value", &QLinear::outlier_value), pointer(c, "workspace", &QLinear::workspace);
+  pointer(c, "outlier_offset", &QLinear::outlier_offset), pointer(c, "outlier_entry", &QLinear::outlier_entry), dtype(c, &QLinear::dtype);
   c.def("workspace_bytes", [](const QLinear& q) { return workspace_bytes(q); });
   c.def("target_layout", [](const QLinear& q, const std::string& kernel) { return int(choose(q, kernel).layout); }, py::arg("kernel") = "");
   c.def("packed_bytes", [](const QLinear& q, int layout) {
@@ -95,6 +96,18 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
   c.def("unpack", [](const QLinear& q, uintptr_t weight, uintptr_t scale, uintptr_t zero) {
     py::gil_scoped_release release;
     unpack(q, reinterpret_cast<uint8_t*>(weight), reinterpret_cast<void*>(scale), reinterpret_cast<uint8_t*>(zero));
+  });
+  c.def("outlier_counts", [](const QLinear& q) {
+    const OutlierCounts counts = outlier_counts(q);
+    return py::make_tuple(counts.offset, counts.entry);
+  });
+  c.def("pack_outliers", [](const QLinear& q, uintptr_t offset, uintptr_t entry) {
+    py::gil_scoped_release release;
+    pack_outliers(q, reinterpret_cast<uint32_t*>(offset), reinterpret_cast<uint32_t*>(entry));
+  });
+  c.def("unpack_outliers", [](const QLinear& q, uintptr_t row, uintptr_t col, uintptr_t value) {
+    py::gil_scoped_release release;
+    unpack_outliers(q, reinterpret_cast<int32_t*>(row), reinterpret_cast<void*>(col), reinterpret_cast<uint16_t*>(value));
   });
 }
 

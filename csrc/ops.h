@@ -16,16 +16,26 @@ enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 //   tileR      R = 8 or 16 rows side by side, one 32-bit word a row: weight[n/R][k/s][R][4] with s = 32/bits inputs a word.
 //              4 bits: byte b holds input b (low nibble) and input 4+b (high nibble) of the word's eight. 8 bits: byte b is
 //              input b of four. scale, zero [n/R][k/group][R]. n is padded to R with scale 0, k to 8 with code 0.
-enum class Layout : int { canonical = 0, tile8 = 8, tile16 = 16 };
+//   mma        for CUDA: tiles of 64 outputs × 64 inputs, [n/64][k/64] of them, each in the order in which a warp's lanes hold the row
+//              operand of a tensor core (m16n8k16): [band of 16 outputs][16 bytes of bits/4 of its steps][lane]. Lane 4g+t has outputs
+//              g and g+8 of the band and the 8 inputs from 32h+8t on for each half h of the tile: step s holds those from
+//              32(s/2) + 8t + 4(s%2) on, as pairs (g: 0,1) (g+8: 0,1) (g: 2,3) (g+8: 2,3). 4 bits: a step is one word, pair p in nibbles
+//              p and p+4. 8 bits: two words, two pairs each. scale, zero [n/64][k/group][g][band][g or g+8]. n is padded to 64 with
+//              scale 0, k to 64 with code 0.
+enum class Layout : int { canonical = 0, mma = 1, tile8 = 8, tile16 = 16 };
 
 // y[m,n] = x[m,k] · w[n,k]ᵀ (+ bias) (+ residual),  w = scale · (code − zero), outlier values in their places.
 // act_bits 16: x is used as it is. act_bits 8: each token is quantized to codes in −127…127 with scale max|x|/127, the products
 // with the weight's codes are summed exactly in int32 over a group; outliers multiply the unquantized x. A token with NaN or
 // infinity gives NaN.
 // Bound: ‖y − oracle‖ ≤ 1e-5 ‖oracle‖ per token for f32 sums (either act_bits, given the same activation codes).
-// Sums do not depend on m or on the number of threads: a token's result has the same bits in any batch.
+// For f16 and bf16 the sums are f32; codes, zeros and outliers are exact where weights go from registers into the tensor cores, and
+// rounded to dtype where they go through shared memory: ≤ 1e-3 for f16 and ≤ 6e-3 for bf16, each given x and with y rounded to dtype.
+// The same call gives the same bits always: no float atomics.
+// On the CPU sums do not depend on m or on the number of threads: a token's result has the same bits in any batch.
 struct QLinear {
   int64_t m = 0, n = 0, k = 0;
+  Dtype dtype = Dtype::f32;        // of x, y and residual
   int64_t group = 0;               // inputs that share a scale: 32, 64, 128 or k
   int bits = 4;                    // 4 or 8: bits that a code occupies
   int act_bits = 16;               // 16 or 8
@@ -44,7 +54,11 @@ struct QLinear {
   const int32_t* outlier_row = nullptr;    // [n+1]
   const void* outlier_col = nullptr;       // [nnz]
   const uint16_t* outlier_value = nullptr; // f16[nnz]
-  void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned
+  // The same outliers for layout mma, nullable together, in tiles of 16 outputs × 64 inputs (16 outputs are what one tensor-core
+  // instruction yields): entry = value << 16 | output in the band << 12 | input modulo 4096, by output and input within a tile.
+  const uint32_t* outlier_offset = nullptr;  // [n/16 · k/64 + 1], n and k padded to 64: where each tile begins, band by band
+  const uint32_t* outlier_entry = nullptr;   // [nnz padded to 4 with zeros], 16-byte aligned
+  void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned; for CUDA zeroed before its first use, and one a stream
 };
 
 // y[m,n] = x[m,n] / sqrt(mean(x²) + eps) · weight[n], after x += residual where there is one; the sum, rounded to dtype, replaces the
@@ -116,5 +130,13 @@ PackedBytes packed_bytes(const QLinear& op, Layout layout);
 // Packs the canonical weight, scale and zero of `op` into `layout`; unpack is the exact inverse. zero may be null in both.
 void pack(const QLinear& op, Layout layout, uint8_t* weight, void* scale, uint8_t* zero);
 void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero);
+
+// Layout mma: numbers of u32 in the lists of outliers, and the lists from the CSR of `op` and back.
+struct OutlierCounts {
+  size_t offset, entry;
+};
+OutlierCounts outlier_counts(const QLinear& op);
+void pack_outliers(const QLinear& op, uint32_t* offset, uint32_t* entry);
+void unpack_outliers(const QLinear& op, int32_t* row, void* col, uint16_t* value);
 
 }  // namespace pe

@@ -163,7 +163,7 @@ def test_columns_beyond_16_bits(kernel):
 
 
 @pytest.mark.parametrize("bits", (4, 8))
-@pytest.mark.parametrize("layout", (8, 16))
+@pytest.mark.parametrize("layout", (1, 8, 16))
 def test_packing_has_an_exact_inverse(bits, layout):
     for n, k, group in SHAPES:
         w = random_weight(n, k, group, bits, asymmetric=True)
@@ -173,6 +173,26 @@ def test_packing_has_an_exact_inverse(bits, layout):
         op.unpack(*(t.data_ptr() for t in back))
         assert all(torch.equal(a, b) for a, b in zip(back, (w.weight, w.scale, w.zero)))
         del packed
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_tile_list_of_outliers_has_an_exact_inverse(mask):
+    for n, k, group in (*SHAPES, (70, 8192 + 96, 32), (3, 65536 + 64, 64)):
+        w = random_weight(n, k, group, mask=mask)
+        if not w.outliers:
+            continue
+        op = Linear(w, 16, "qlinear_reference")._op
+        offset, entry = (torch.empty(count, dtype=torch.int32) for count in op.outlier_counts())
+        op.pack_outliers(offset.data_ptr(), entry.data_ptr())
+        tiles = (k + 63) // 64
+        assert offset[0] == 0 and offset[-1] == w.outliers and len(offset) == (n + 63) // 64 * 4 * tiles + 1
+        owner = torch.repeat_interleave(torch.arange(n), w.outlier_row.diff())
+        counted = torch.bincount(owner // 16 * tiles + w.outlier_col.to(torch.int64) // 64, minlength=len(offset) - 1)
+        assert torch.equal(offset.diff().long(), counted) and not entry[w.outliers :].any()
+        op.outlier_offset, op.outlier_entry = offset.data_ptr(), entry.data_ptr()
+        back = [torch.empty_like(t) for t in (w.outlier_row, w.outlier_col, w.outlier_value)]
+        op.unpack_outliers(*(t.data_ptr() for t in back))
+        assert all(torch.equal(a, b) for a, b in zip(back, (w.outlier_row, w.outlier_col, w.outlier_value)))
 
 
 @pytest.mark.parametrize("kernel", ["rmsnorm_reference", *rows("RmsNorm")])

@@ -29,31 +29,25 @@ rmsnorm_kernel(const T* x, T* residual, const float* weight, T* y, int n, float 
   const size_t row = size_t(blockIdx.x) * n;
   float sum = 0;
   for (int c = threadIdx.x * 8; c < n; c += kThreads * 8) {
-    Eight<T> piece = *reinterpret_cast<const Eight<T>*>(x + row + c);
     float v[8];
-    piece.get(v);
+    load8(x + row + c, v);
     if (residual) {
-      auto* at = reinterpret_cast<Eight<T>*>(residual + row + c);
       float before[8];
-      at->get(before);
+      load8(residual + row + c, before);
       for (int i = 0; i < 8; ++i) v[i] += before[i];
-      piece.set(v);
-      *at = piece;
-      piece.get(v);  // the norm is that of the values as they are kept
+      store8(residual + row + c, v);
     }
     for (int i = 0; i < 8; ++i) sum += v[i] * v[i];
   }
   const float factor = rsqrtf(sum_over_block(sum) / float(n) + eps);
   const T* source = residual ? residual : x;
   for (int c = threadIdx.x * 8; c < n; c += kThreads * 8) {  // the very pieces that this thread has read and written above
-    Eight<T> piece = *reinterpret_cast<const Eight<T>*>(source + row + c);
-    const float4 w[2] = {*reinterpret_cast<const float4*>(weight + c), *reinterpret_cast<const float4*>(weight + c + 4)};
     float v[8];
-    piece.get(v);
+    load8(source + row + c, v);
+    const float4 w[2] = {*reinterpret_cast<const float4*>(weight + c), *reinterpret_cast<const float4*>(weight + c + 4)};
     const float scale[8] = {w[0].x, w[0].y, w[0].z, w[0].w, w[1].x, w[1].y, w[1].z, w[1].w};
     for (int i = 0; i < 8; ++i) v[i] *= factor * scale[i];
-    piece.set(v);
-    *reinterpret_cast<Eight<T>*>(y + row + c) = piece;
+    store8(y + row + c, v);
   }
 }
 
