@@ -93,12 +93,13 @@ void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
 }
 
 size_t workspace_bytes(const QLinear& op) {
-  const int64_t outputs = blocks_of(op.n, kTile);
+  auto bytes = [](Split split, int64_t outputs, int64_t sums) {
+    return split.count > 1 ? counter_bytes(outputs) + size_t(outputs * split.count * sums) * 4 : 0;
+  };
+  const int64_t bands = blocks_of(op.n, kTile);
   size_t most = 0;
-  for (const int width : {8, 16}) {
-    const Split split = decode_split(op, width);
-    if (split.count > 1) most = std::max(most, counter_bytes(outputs) + size_t(outputs * split.count * kTile * width) * 4);
-  }
+  for (const int width : {8, 16}) most = std::max(most, bytes(decode_split(op, width), bands, kTile * width));
+  if (op.m > 0) most = std::max(most, bytes(gemm_split(op), gemm_blocks(op), kGemmOutputs * gemm_tokens(op)));
   return most;
 }
 

@@ -34,6 +34,12 @@ inline Split decode_split(const QLinear& op, int width) {
   return Split(blocks_of(op.n, kTile), blocks_of(op.k, kTile), 32 / width, 8);
 }
 
+// The general kernels: a block has 128 outputs and 32, 64 or 128 tokens, and eight tiles of inputs or more.
+constexpr int kGemmOutputs = 128;
+inline int gemm_tokens(const QLinear& op) { return op.m <= 32 ? 32 : op.m <= 64 ? 64 : 128; }
+inline int64_t gemm_blocks(const QLinear& op) { return blocks_of(op.n, kGemmOutputs) * blocks_of(op.m, gemm_tokens(op)); }
+inline Split gemm_split(const QLinear& op) { return Split(gemm_blocks(op), blocks_of(op.k, kTile), 1, 8); }
+
 // The workspace begins with a counter for each tile of y, and goes on, 256-byte aligned, with the f32 sums of each block.
 inline size_t counter_bytes(int64_t outputs) { return size_t(blocks_of(outputs * 4, 256) * 256); }
 

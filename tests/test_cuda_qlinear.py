@@ -16,7 +16,8 @@ DTYPES = {torch.float16: 1, torch.bfloat16: 2}
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # ops.h
 # Kernel → tokens it is tried with.
 DECODE = {"qlinear_decode_sm80": (1, 2, 3, 7, 8, 9, 16)}
-KERNELS = DECODE
+GEMM = {"qlinear_gemm_sm80": (1, 17, 32, 33, 64, 70, 130)}
+KERNELS = DECODE | GEMM
 # (n, k, group): minimal, odd, several tiles of outputs, inputs that several blocks share, more inputs than an outlier's entry can tell apart.
 SHAPES = ((1, 32, 32), (17, 64, 64), (33, 96, 32), (35, 37, 37), (130, 104, 104), (64, 256, 128), (100, 576, 64), (70, 1536, 128), (20, 4096 + 96, 32))
 
@@ -47,8 +48,9 @@ class Problem:
             self.packed["bias"] = w.bias.float()
         op.layout = MMA
 
-    def place(self) -> None:
-        """Puts everything on the device anew: a change of schedule has emptied it."""
+    def place(self, m: int) -> None:
+        """Puts everything on the device anew, for m tokens: a change of schedule has emptied it."""
+        self.op.m = m
         for name in ("weight", "scale", "zero", "outlier_offset", "outlier_entry", "bias"):
             t = self.packed.get(name)
             setattr(self.op, name, 0 if t is None or not t.numel() else self.device.array(t.numpy(), name).ptr)
@@ -96,7 +98,7 @@ def test_shapes_masks_and_tokens(device, kernel, bits, dtype):
         problem = Problem(device, random_weight(n, k, group, bits, case % 2 == 1, mask, bias=case % 3 == 1))
         device.reset()
         device.schedule(next(schedules), case, 1 + case % 2, 1 + case % 3)
-        problem.place()
+        problem.place(m)
         x, residual = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype) if case % 4 > 1 else None
         y = problem.run(kernel, x, residual, in_place=case % 4 == 3)
         assert error(y, problem.expected(x, residual)) <= BOUND[dtype], (n, k, group, mask, m)
@@ -109,7 +111,7 @@ def test_every_schedule_gives_the_same_bits(device, kernel):
     problem, m = Problem(device, random_weight(130, 1536, 128, 4, True, "dense")), KERNELS[kernel][-2]
     x, results = torch.randn(m, 1536).half(), []
     for _ in device.schedules(seeds=2):
-        problem.place()
+        problem.place(m)
         results.append(problem.run(kernel, x))
         results.append(problem.run(kernel, x))  # the counters of the workspace are zero again
     assert all(torch.equal(y, results[0]) for y in results)
@@ -121,7 +123,7 @@ def test_every_schedule_is_free_of_races(device, kernel):
         problem, m = Problem(device, random_weight(n, k, group, bits, True, "sparse", bias=True)), KERNELS[kernel][-1]
         x = torch.randn(m, k).bfloat16()
         for schedule in device.schedules(seeds=3):
-            problem.place()
+            problem.place(m)
             assert error(problem.run(kernel, x), problem.expected(x)) <= BOUND[x.dtype], schedule
 
 
@@ -134,7 +136,7 @@ def test_decode_multiplies_codes_and_outliers_exactly(device, kernel, dtype):
         w.scale = torch.ones_like(w.scale)
         w.outlier_value = torch.randint(-3, 4, w.outlier_value.shape) + torch.tensor(2.0**-7).half()  # 11 bits, more than bf16 has
         problem = Problem(device, w)
-        problem.place()
+        problem.place(8)
         x = torch.zeros(8, 576)
         x[torch.arange(8), torch.randint(0, 576, (8,))] = 1
         y = problem.run(kernel, x.to(dtype))
@@ -144,7 +146,7 @@ def test_decode_multiplies_codes_and_outliers_exactly(device, kernel, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_token_with_nan_leaves_its_neighbours_alone(device, kernel):
     problem, m = Problem(device, random_weight(20, 96, 32, mask="sparse")), KERNELS[kernel][-1]
-    problem.place()
+    problem.place(m)
     x = torch.randn(m, 96).half()
     x[1, 50] = torch.nan
     y = problem.run(kernel, x)

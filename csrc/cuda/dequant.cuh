@@ -4,6 +4,8 @@
 // taken away again in one more: 1024 in f16 (0x6400), 128 in bf16 (0x4300), 2^23 in f32 (0x4b000000).
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/half.cuh"
 #include "cuda/ptx.cuh"
 
@@ -80,5 +82,24 @@ struct Dequant<__nv_bfloat16, 8> {  // a code needs 8 bits of mantissa, bf16 has
     }
   }
 };
+
+// Two integers of an operand times the scale of their row, rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t times(uint32_t pair, __half scale) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return bits_of(__hmul2(pair_of<__half2>(pair), __half2half2(scale)));
+  } else {
+    const float2 v = unpack(pair_of<__nv_bfloat162>(pair));
+    return bits_of(Pair<T>::from({v.x * __half2float(scale), v.y * __half2float(scale)}));
+  }
+}
+
+// An outlier's FP16 value as T.
+template <class T>
+__device__ __forceinline__ T outlier_value(uint32_t entry) {
+  const __half value = __ushort_as_half(uint16_t(entry >> 16));
+  if constexpr (std::is_same_v<T, __half>) return value;
+  else return __float2bfloat16_rn(__half2float(value));
+}
 
 }  // namespace pe

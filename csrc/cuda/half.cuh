@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
 #include "ops.h"
 
 namespace pe {
@@ -61,7 +62,7 @@ __device__ __forceinline__ void store8(T* to, float (&v)[8]) {
     word[i] = bits_of(two);
     v[2 * i] = unpack(two).x, v[2 * i + 1] = unpack(two).y;
   }
-  *reinterpret_cast<uint4*>(to) = {word[0], word[1], word[2], word[3]};
+  ptx::store16(to, make_uint4(word[0], word[1], word[2], word[3]));
 }
 
 }  // namespace pe

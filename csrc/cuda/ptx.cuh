@@ -42,6 +42,11 @@ __device__ __forceinline__ uint32_t half_signs(uint32_t a) {
   return d;
 }
 
+// Stores 16 bytes at once in global memory; an assignment may be compiled to four stores.
+__device__ __forceinline__ void store16(void* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // Asks for the 128 bytes around an address to be brought into L2.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -58,6 +63,15 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int pending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Four matrices of 8 × 8 values of 16 bits from shared memory: lane i gives the address of row i%8 of matrix i/8, and gets of each
+// matrix row lane/4, values 2(lane%4) and the next one.
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
 }
 
 // d[16,8] += a[16,16] · b[16,8] over a warp, products exact, sums in f32. Lane 4g+t holds of a: rows (g, g+8, g, g+8) × columns

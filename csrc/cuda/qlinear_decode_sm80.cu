@@ -17,7 +17,6 @@
 #include "cuda/layout_mma.cuh"
 #include "cuda/ptx.cuh"
 #include "dispatch.h"
-#include "pack_mma.h"
 
 namespace pe {
 namespace {
@@ -39,14 +38,6 @@ template <int bits, int W>
 struct Shared {
   Stage<bits, W> stage[kTileWarps][kStages];
   float4 sum[kTileWarps + kOutlierWarps][kBands][W][32];  // as mma() leaves them: a lane has two outputs of two tokens
-};
-
-// How the blocks share the work: each takes `per_block` of the `tiles` of inputs. Where several have the same outputs, the count of
-// those that are done and the sums of each.
-struct Shares {
-  int tiles, per_block, groups, group_shift;
-  uint32_t* counter;
-  float4* sums;
 };
 
 // What a lane of a block works on.
@@ -259,23 +250,15 @@ struct OutlierWarp {
   }
 };
 
-__device__ void add_to(float4& sum, float4 v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
-
 // Adds what the other blocks of these outputs have found; false in all of them but the last to come.
 template <int W>
 __device__ bool add_other_blocks(const Part& part, int band, float4 (&sum)[W]) {
-  __shared__ bool last;
   auto place = [&](int block, int w) {
     return part.shares.sums + (((size_t(blockIdx.x) * gridDim.y + block) * kBands + band) * W + w) * 32 + part.lane;
   };
   if (band < kBands)
     for (int w = 0; w < W; ++w) *place(blockIdx.y, w) = sum[w];
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(part.shares.counter + blockIdx.x, gridDim.y - 1) == gridDim.y - 1;  // the last sets it back to 0
-  __syncthreads();
-  if (!last || band >= kBands) return false;
-  __threadfence();
+  if (!last_to_come(part.shares.counter + blockIdx.x, gridDim.y) || band >= kBands) return false;
   for (int w = 0; w < W; ++w) {
     sum[w] = {};
     for (int block = 0; block < int(gridDim.y); ++block) add_to(sum[w], __ldcg(place(block, w)));
@@ -329,8 +312,7 @@ template <class T, int bits, int W>
 void start(const QLinear& op, void* stream) {
   const mma::Split split = mma::decode_split(op, W * 8);
   const dim3 grid(unsigned(mma::blocks_of(op.n, mma::kTile)), unsigned(split.count));
-  char* sums = static_cast<char*>(op.workspace) + mma::counter_bytes(grid.x);
-  const Shares shares{int(mma::blocks_of(op.k, mma::kTile)), split.per_block, int(op.k / op.group), group_shift(op), static_cast<uint32_t*>(op.workspace), reinterpret_cast<float4*>(sums)};
+  const Shares shares = shares_of(op, split, grid.x);
   const int warps = kTileWarps + (op.outlier_entry ? kOutlierWarps : 0);
   launch(qlinear_decode_kernel<T, bits, W>, grid, dim3(warps * 32), sizeof(Shared<bits, W>), stream, op, shares);
 }
