@@ -7,6 +7,7 @@ call of the machine. Registers and labels of nested scopes get the number of the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -213,7 +214,7 @@ class Body:
     def find_labels(self, start: int) -> dict[str, str]:
         """The labels of the scope that begins at a statement, its inner scopes left out."""
         depth, found, number = 0, {}, start
-        for s in self.function.body[start:]:
+        for s in itertools.islice(self.function.body, start, None):
             depth += (s.kind == "open") - (s.kind == "close")
             if depth < 0:
                 break

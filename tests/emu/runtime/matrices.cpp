@@ -31,12 +31,11 @@ void load_fragments(const Collective& c, const Kind& kind, float (*a)[64], float
   for (int l = 0; l < 32; ++l) {
     const auto& arg = *static_cast<MmaArg*>(c.arg[size_t(l)]);
     const int g = l >> 2, t = l & 3;
-    for (int r = 0; r < blocks; ++r)
-      for (int i = 0; i < per; ++i) {
-        const int col = r * 4 * per + t * per + i;
-        for (int h = 0; h < 2; ++h) a[g + 8 * h][col] = element(kind.a, arg.a[r * 2 + h], i);
-        b[g][col] = element(kind.b, arg.b[r], i);
-      }
+    for (int r = 0; r < blocks; ++r) {
+      const int col = r * 4 * per + t * per;
+      for (int h = 0; h < 2; ++h) elements(kind.a, arg.a[r * 2 + h], &a[g + 8 * h][col]);
+      elements(kind.b, arg.b[r], &b[g][col]);
+    }
   }
 }
 
@@ -115,8 +114,10 @@ void execute_ldmatrix(Collective& c, Block&, u32) {
     u16 rows[8][8] = {};
     for (int i = 0; i < 8; ++i)
       if (const u8* row = matrix_row(c, j, i, false, "ldmatrix")) memcpy(rows[i], row, 16);
-    for (int l = 0; l < 32; ++l) static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] = 0;
-    for_halves(first.transposed, [&](int l, int h, int row, int col) { static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] |= u32(rows[row][col]) << 16 * h; });
+    for (int l = 0; l < 32; ++l) {
+      const int p = l >> 2, q = (l & 3) * 2;
+      static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] = first.transposed ? rows[q][p] | u32(rows[q + 1][p]) << 16 : rows[p][q] | u32(rows[p][q + 1]) << 16;
+    }
   }
 }
 
