@@ -74,15 +74,13 @@ def load_library(path: Path) -> ctypes.CDLL:
     for name, result, arguments in (
         ("configure", None, (u64, number, number, number, number)),
         ("allocate", u64, (u64, text)),
-        ("release", number, (u64,)),
         ("upload", number, (u64, ctypes.c_void_p, u64)),
         ("download", number, (ctypes.c_void_p, u64, u64)),
         ("protect", None, (u64, u64, number)),
-        ("written", u64, (u64, u64)),
         ("stream", u64, ()),
         ("synchronize", None, (u64,)),
         ("reports", text, ()),
-        ("count", u64, (number,)),
+        ("mma_count", u64, ()),
         ("reset", None, ()),
     ):
         function = getattr(library, f"emu_{name}")

@@ -14,8 +14,8 @@ from ptx import PtxError
 
 
 class Form:
-    def __init__(self, pattern: str, code: str | Callable):
-        self.pattern, self.code = pattern, code
+    def __init__(self, pattern: str, code: str | Callable, operands: int | None):
+        self.pattern, self.code, self.operands = pattern, code, operands
         self.choices = [(m[1].split("|"), bool(m[2])) for m in re.finditer(r"\(([^()]*)\)(\??)", pattern)]
         self.regex = re.compile(pattern.replace(".", r"\."))
         self.seen: list[set[str]] = [set() for _ in self.choices]
@@ -40,8 +40,9 @@ class Form:
 FORMS: dict[str, list[Form]] = {}  # by the first word of the opcode
 
 
-def form(pattern: str, code: str | Callable) -> None:
-    f = Form(pattern, code)
+def form(pattern: str, code: str | Callable, operands: int | None = None) -> None:
+    """`operands`: how many there must be, unless the code says so or counts for itself."""
+    f = Form(pattern, code, operands)
     for word in re.fullmatch(r"\(([^()]*)\).*|(\w+).*", pattern).groups():
         for w in (word or "").split("|"):
             if w:

@@ -68,14 +68,15 @@ def _cvta(g, ins) -> str:
 
 form("cvta().(global|shared|local|const|param).u64", _cvta)
 form("cvta(.to).(global|shared|local|const).u64", _cvta)
-form("mapa.shared::cluster.u32", lambda g, ins: ins.put(0, f"map_rank(me, {ins.value(1, 'u32')}, {ins.value(2, 'u32')}, {ins.site()})"))
+form("mapa.shared::cluster.u32", lambda g, ins: ins.put(0, f"map_rank(me, {ins.value(1, 'u32')}, {ins.value(2, 'u32')}, {ins.site()})"), 3)
 form(
     "isspacep.(global|shared|local)",
     lambda g, ins: f"{ins.register(ins.operands[0])} = space_of(me, {ins.value(1, 'u64')}) == '{g[0][0]}';",
+    2,
 )
 form("prefetch.global.(L1|L2)", lambda g, ins: ins.nothing(1))
-form("prefetch.tensormap", lambda g, ins: f"check_tensor_map(me, {ins.address(0)}, {ins.site()});")
-form("createpolicy.fractional.(L2::evict_first|L2::evict_last).b64", lambda g, ins: ins.put(0, "u64(0)"))
+form("prefetch.tensormap", lambda g, ins: f"check_tensor_map(me, {ins.address(0)}, {ins.site()});", 1)
+form("createpolicy.fractional.(L2::evict_first|L2::evict_last).b64", lambda g, ins: ins.put(0, "u64(0)"), 2)
 
 
 # ---- atomics ---------------------------------------------------------------------------------------------------------------------
@@ -111,20 +112,20 @@ for _op, _types in {
         )
 
 # ---- control and synchronisation -------------------------------------------------------------------------------------------------
-form("(ret|exit)(.uni)?", lambda g, ins: "return;")
-form("trap", lambda g, ins: f'report(&me, "trap", {ins.site()}, "the kernel gives up"); stop(me);')
-form("nanosleep.u32", lambda g, ins: f"pause(me, {ins.site()});")
-form("bra(.uni)?", lambda g, ins: ins.branch(ins.operands[0]))
-form("brx.idx(.uni)?", lambda g, ins: ins.branch_table())
+form("(ret|exit)(.uni)?", lambda g, ins: "return;", 0)
+form("trap", lambda g, ins: f'report(&me, "trap", {ins.site()}, "the kernel gives up"); stop(me);', 0)
+form("nanosleep.u32", lambda g, ins: f"pause(me, {ins.site()});", 1)
+form("bra(.uni)?", lambda g, ins: ins.branch(ins.operands[0]), 1)
+form("brx.idx(.uni)?", lambda g, ins: ins.branch_table(), 2)
 form("call(.uni)?", lambda g, ins: ins.call())
-form("griddepcontrol.wait", lambda g, ins: "grid_wait(me);")
-form("griddepcontrol.launch_dependents", lambda g, ins: ";")
-form("setmaxnreg.(inc|dec).sync.aligned.u32", lambda g, ins: ins.register_count())
+form("griddepcontrol.wait", lambda g, ins: "grid_wait(me);", 0)
+form("griddepcontrol.launch_dependents", lambda g, ins: ";", 0)
+form("setmaxnreg.(inc|dec).sync.aligned.u32", lambda g, ins: ins.register_count(), 1)
 
-form("membar.(cta|gl|sys)", lambda g, ins: f"fence(me, {_bool(g[0] == 'cta')});")
-form("fence.(sc|acq_rel).(cta|gpu|sys)", lambda g, ins: f"fence(me, {_bool(g[1] == 'cta')});")
-form("fence.proxy.async(.global|.shared::cta|.shared::cluster)?", lambda g, ins: "proxy_fence(me);")
-form("fence.mbarrier_init.release.cluster", lambda g, ins: "mbarrier_init_fence(me);")
+form("membar.(cta|gl|sys)", lambda g, ins: f"fence(me, {_bool(g[0] == 'cta')});", 0)
+form("fence.(sc|acq_rel).(cta|gpu|sys)", lambda g, ins: f"fence(me, {_bool(g[1] == 'cta')});", 0)
+form("fence.proxy.async(.global|.shared::cta|.shared::cluster)?", lambda g, ins: "proxy_fence(me);", 0)
+form("fence.mbarrier_init.release.cluster", lambda g, ins: "mbarrier_init_fence(me);", 0)
 
 
 def _bar(g, ins) -> str:
@@ -138,10 +139,11 @@ form("(bar|barrier)(.cta)?.(sync|arrive)(.aligned)?", lambda g, ins: _bar((g[0],
 form(
     "(bar|barrier)(.cta)?.red(.aligned)?.(popc.u32|and.pred|or.pred)",
     lambda g, ins: f"{ins.register(ins.operands[0])} = bar_reduce(me, {ins.value(1, 'u32')}, {ins.value(2, 'pred')}, {('popc.u32', 'and.pred', 'or.pred').index(g[3])}, {ins.site()});",
+    3,
 )
-form("bar.warp.sync", lambda g, ins: f"warp_sync(me, {ins.value(0, 'u32')}, {ins.site()});")
-form("barrier.cluster.arrive(.release|.relaxed)?(.aligned)?", lambda g, ins: f"cluster_arrive(me, {_bool(g[0] != '.relaxed')}, {ins.site()});")
-form("barrier.cluster.wait(.acquire)?(.aligned)?", lambda g, ins: f"cluster_wait(me, {ins.site()});")
+form("bar.warp.sync", lambda g, ins: f"warp_sync(me, {ins.value(0, 'u32')}, {ins.site()});", 1)
+form("barrier.cluster.arrive(.release|.relaxed)?(.aligned)?", lambda g, ins: f"cluster_arrive(me, {_bool(g[0] != '.relaxed')}, {ins.site()});", 0)
+form("barrier.cluster.wait(.acquire)?(.aligned)?", lambda g, ins: f"cluster_wait(me, {ins.site()});", 0)
 
 
 def _shfl(g, ins) -> str:
@@ -180,7 +182,7 @@ def _elect(g, ins) -> str:
 
 form("shfl.sync.(idx|up|down|bfly).b32", _shfl)
 form("vote.sync.(any.pred|all.pred|uni.pred|ballot.b32)", _vote)
-form("match.any.sync.b32", lambda g, ins: ins.put(0, f"match_any(me, {ins.value(1, 'u32')}, {ins.value(2, 'u32')}, {ins.site()})"))
+form("match.any.sync.b32", lambda g, ins: ins.put(0, f"match_any(me, {ins.value(1, 'u32')}, {ins.value(2, 'u32')}, {ins.site()})"), 3)
 form("redux.sync.(add.u32|add.s32|and.b32|or.b32|xor.b32|min.s32|max.s32|min.u32|max.u32)", _redux)
 form("elect.sync", _elect)
 
@@ -196,6 +198,7 @@ def _shared_address(ins, i: int, space: str) -> str:
 def _arrive(g, ins) -> str:
     expects = bool(g[0])
     has_state = not ins.operands[0].startswith("[")
+    ins.expect((1, 2, 3))
     first = 1 if has_state else 0
     count = ins.value(first + 1, "u32") if len(ins.operands) > first + 1 else "1"
     if expects and len(ins.operands) != first + 2:
@@ -211,15 +214,16 @@ def _wait(g, ins) -> str:
     return f"{ins.register(ins.operands[0])} = {call};"
 
 
-form(f"mbarrier.init{_SHARED}.b64", lambda g, ins: f"mbarrier_init(me, {_shared_address(ins, 0, g[0])}, {ins.value(1, 'u32')}, {ins.site()});")
-form(f"mbarrier.inval{_SHARED}.b64", lambda g, ins: f"mbarrier_inval(me, {_shared_address(ins, 0, g[0])}, {ins.site()});")
+form(f"mbarrier.init{_SHARED}.b64", lambda g, ins: f"mbarrier_init(me, {_shared_address(ins, 0, g[0])}, {ins.value(1, 'u32')}, {ins.site()});", 2)
+form(f"mbarrier.inval{_SHARED}.b64", lambda g, ins: f"mbarrier_inval(me, {_shared_address(ins, 0, g[0])}, {ins.site()});", 1)
 form("mbarrier.arrive(.expect_tx)?(.shared|.shared::cta)?.b64", _arrive)
 form("mbarrier.arrive(.expect_tx)?.release.cluster.(shared::cluster|shared::cta).b64", _arrive)
-form("mbarrier.expect_tx.relaxed.cta.shared::cta.b64", lambda g, ins: f"mbarrier_expect(me, u32({ins.address(0)}), {ins.value(1, 'u32')}, {ins.site()});")
+form("mbarrier.expect_tx.relaxed.cta.shared::cta.b64", lambda g, ins: f"mbarrier_expect(me, u32({ins.address(0)}), {ins.value(1, 'u32')}, {ins.site()});", 2)
 form("mbarrier.(try_wait|test_wait)(.parity)?(.shared|.shared::cta)?.b64", _wait)
 form(
     f"cp.async.mbarrier.arrive(.noinc)?{_SHARED}.b64",
     lambda g, ins: f"mbarrier_copies_arrive(me, {_shared_address(ins, 0, g[1])}, {_bool(g[0])}, {ins.site()});",
+    1,
 )
 
 
@@ -235,11 +239,11 @@ def _cp_async(g, ins) -> str:
 
 form("cp.async.(ca|cg).(shared|shared::cta).global(.L2::128B|.L2::256B)?", lambda g, ins: _cp_async((g[0], g[1], ""), ins))
 form("cp.async.(ca|cg).(shared|shared::cta).global.L2::cache_hint", lambda g, ins: _cp_async((g[0], g[1], "hint"), ins))
-form("cp.async.commit_group", lambda g, ins: "cp_async_commit(me);")
-form("cp.async.wait_group", lambda g, ins: f"cp_async_wait(me, {ins.value(0, 'u32')});")
-form("cp.async.wait_all", lambda g, ins: "cp_async_commit(me); cp_async_wait(me, 0);")
-form("cp.async.bulk.commit_group", lambda g, ins: "bulk_commit(me);")
-form("cp.async.bulk.wait_group(.read)?", lambda g, ins: f"bulk_wait(me, {ins.value(0, 'u32')});")
+form("cp.async.commit_group", lambda g, ins: "cp_async_commit(me);", 0)
+form("cp.async.wait_group", lambda g, ins: f"cp_async_wait(me, {ins.value(0, 'u32')});", 1)
+form("cp.async.wait_all", lambda g, ins: "cp_async_commit(me); cp_async_wait(me, 0);", 0)
+form("cp.async.bulk.commit_group", lambda g, ins: "bulk_commit(me);", 0)
+form("cp.async.bulk.wait_group(.read)?", lambda g, ins: f"bulk_wait(me, {ins.value(0, 'u32')});", 1)
 
 
 def _bulk_load(g, ins) -> str:
@@ -302,7 +306,7 @@ def _stmatrix(g, ins) -> str:
 
 form("ldmatrix.sync.aligned.m8n8.x(1|2|4)(.trans)?.(shared|shared::cta).b16", _ldmatrix)
 form("stmatrix.sync.aligned.m8n8.x(1|2|4)(.trans)?.(shared|shared::cta).b16", _stmatrix)
-form("movmatrix.sync.aligned.m8n8.trans.b16", lambda g, ins: ins.put(0, f"movmatrix(me, {ins.value(1, 'b32')}, {ins.site()})"))
+form("movmatrix.sync.aligned.m8n8.trans.b16", lambda g, ins: ins.put(0, f"movmatrix(me, {ins.value(1, 'b32')}, {ins.site()})"), 2)
 
 
 def _mma(k: int, a: str, b: str, saturate: bool, half_sum: bool, ins) -> str:
@@ -328,6 +332,7 @@ def _wgmma(n: int, k: int, out: str, a: str, b: str, ins) -> str:
         raise PtxError("wgmma with another number of accumulators than its shape has")
     registers = ins.operands[1].startswith("{")
     first = "const u32* a[] = {" + ", ".join("&" + ins.register(p) for p in ins.vector(1)) + "}; " if registers else ""
+    ins.expect((4, 7, 8))
     numbers = ins.operands[4:]  # scale-a, scale-b, and for 16 bits the transpositions: of shared operands only
     if len(numbers) != (0 if out == "s32" else 3 if registers else 4):
         raise PtxError("wgmma with another number of operands than its form has")
@@ -345,6 +350,6 @@ _N = "8|16|32|64|128|256"
 form(f"wgmma.mma_async.sync.aligned.m64n({_N})k16.(f32|f16).f16.f16", lambda g, ins: _wgmma(int(g[0]), 16, g[1], "f16", "f16", ins))
 form(f"wgmma.mma_async.sync.aligned.m64n({_N})k16.f32.bf16.bf16", lambda g, ins: _wgmma(int(g[0]), 16, "f32", "bf16", "bf16", ins))
 form(f"wgmma.mma_async.sync.aligned.m64n({_N})k32.s32.(s8|u8).(s8|u8)", lambda g, ins: _wgmma(int(g[0]), 32, "s32", g[1], g[2], ins))
-form("wgmma.fence.sync.aligned", lambda g, ins: "wgmma_fence(me);")
-form("wgmma.commit_group.sync.aligned", lambda g, ins: "wgmma_commit(me);")
-form("wgmma.wait_group.sync.aligned", lambda g, ins: f"wgmma_wait(me, {ins.value(0, 'u32')});")
+form("wgmma.fence.sync.aligned", lambda g, ins: "wgmma_fence(me);", 0)
+form("wgmma.commit_group.sync.aligned", lambda g, ins: "wgmma_commit(me);", 0)
+form("wgmma.wait_group.sync.aligned", lambda g, ins: f"wgmma_wait(me, {ins.value(0, 'u32')});", 1)

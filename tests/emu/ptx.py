@@ -92,10 +92,13 @@ class Reader:
         text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
         self.files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', text))
         self.text = re.sub(r"//[^\n]*", "", text)
-        self.at = 0
+        self.at = self.counted = 0
+        self.lines = 1
 
     def line(self) -> int:
-        return self.text.count("\n", 0, self.at) + 1
+        self.lines += self.text.count("\n", self.counted, self.at)
+        self.counted = self.at
+        return self.lines
 
     def skip_space(self) -> bool:
         while self.at < len(self.text) and self.text[self.at].isspace():

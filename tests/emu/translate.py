@@ -7,6 +7,7 @@ call of the machine. Registers and labels of nested scopes get the number of the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -69,8 +70,10 @@ class Instruction:
 
     def __init__(self, body: Body, statement: Statement):
         self.body, self.operands, self.op = body, list(statement.operands), statement.op
+        self.counted = False
 
     def expect(self, count: int | tuple[int, ...]) -> None:
+        self.counted = True
         if len(self.operands) not in (count if isinstance(count, tuple) else (count,)):
             raise PtxError(f"{self.op} with {len(self.operands)} operands")
 
@@ -144,6 +147,7 @@ class Instruction:
 
     def call(self) -> str:
         operands = self.operands
+        self.expect((1, 2, 3))
         results = operands.pop(0)[1:-1].split(",") if operands[0].startswith("(") else []
         arguments = operands[1][1:-1].split(",") if len(operands) > 1 else []
         if operands[0] not in self.body.callable:
@@ -160,8 +164,13 @@ class Instruction:
     def code(self) -> str:
         form, groups = find(self.op)
         form.note(groups)
+        if form.operands is not None:
+            self.expect(form.operands)
         text = form.code if isinstance(form.code, str) else form.code(groups, self)
-        return self.fill(text, groups) if text.startswith("d = ") else text
+        text = self.fill(text, groups) if text.startswith("d = ") else text
+        if not self.counted:
+            raise PtxError(f"the form {form.pattern} does not count its operands")
+        return text
 
     def fill(self, text: str, groups: tuple[str, ...]) -> str:
         """A form's `d = f(a, b:u32)` with the operands in place."""
@@ -205,7 +214,7 @@ class Body:
     def find_labels(self, start: int) -> dict[str, str]:
         """The labels of the scope that begins at a statement, its inner scopes left out."""
         depth, found, number = 0, {}, start
-        for s in self.function.body[start:]:
+        for s in itertools.islice(self.function.body, start, None):
             depth += (s.kind == "open") - (s.kind == "close")
             if depth < 0:
                 break
@@ -241,6 +250,8 @@ class Body:
                 self.scopes[-1][v.name] = (name, "memory")
             return
         kind, names = statement.value
+        if kind not in BITS:
+            raise PtxError(f"unknown type .{kind}")
         ctype = "bool" if kind == "pred" else "b128" if kind == "b128" else f"u{BITS[kind]}"
         for text in names:
             m = re.fullmatch(r"(.*)<(\d+)>", text)
@@ -280,8 +291,8 @@ class Body:
         for i, s in enumerate(self.function.body):
             try:
                 self.one(i, s)
-            except PtxError as e:
-                raise PtxError(f"line {s.line}: {e}: {s.text}") from None
+            except (PtxError, LookupError, ValueError, TypeError) as e:  # an operand of an unexpected shape trips over anything
+                raise PtxError(f"line {s.line}: {e or type(e).__name__}: {s.text}") from None
         return "\n".join([*self.declarations, *self.lines])
 
     def one(self, i: int, s: Statement) -> None:

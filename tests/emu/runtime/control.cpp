@@ -80,7 +80,6 @@ using namespace emu;
 
 EMU_EXPORT void emu_configure(u64 seed, int order, int workers, int resident, int arch) { options() = {seed, Order(order), workers, resident, arch}; }
 EMU_EXPORT u64 emu_allocate(u64 bytes, const char* name) { return allocate(bytes, name); }
-EMU_EXPORT int emu_release(u64 address) { return release(address); }
 EMU_EXPORT int emu_upload(u64 address, const void* from, u64 bytes) {
   if (!host_access(address, bytes, true, host)) return 0;
   memcpy(reinterpret_cast<void*>(address), from, bytes);
@@ -92,7 +91,6 @@ EMU_EXPORT int emu_download(void* to, u64 address, u64 bytes) {
   return 1;
 }
 EMU_EXPORT void emu_protect(u64 address, u64 bytes, int read_only) { protect(address, bytes, read_only); }
-EMU_EXPORT u64 emu_written(u64 address, u64 bytes) { return count_written(address, bytes); }
 EMU_EXPORT u64 emu_stream() { return reinterpret_cast<u64>(create_stream(false)); }
 EMU_EXPORT void emu_synchronize(u64 stream) { host_waits(reinterpret_cast<void*>(stream)); }
 EMU_EXPORT const char* emu_reports() {
@@ -100,7 +98,7 @@ EMU_EXPORT const char* emu_reports() {
   text = reports(true);
   return text.c_str();
 }
-EMU_EXPORT u64 emu_count(int which) { return which == 0 ? stats.mma.load() : which == 1 ? stats.wgmma.load() : stats.conflicts.load(); }
+EMU_EXPORT u64 emu_mma_count() { return mma_count; }
 EMU_EXPORT void emu_reset() {
   reset_memory();
   forget_launches();

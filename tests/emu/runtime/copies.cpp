@@ -87,8 +87,8 @@ void land_copies(Lane& lane, std::vector<Copy>& copies, u16 index, u32 clock) {
 void cp_async_commit(Lane& lane) { lane.copies.commit(); }
 
 void cp_async_wait(Lane& lane, u32 allowed) {
-  for (auto& groups = lane.copies.closed; groups.size() > allowed; groups.pop_front())
-    land_copies(lane, groups.front(), u16(lane.index), lane.clocks[lane.index]);
+  for (; lane.copies.closed.size() > allowed; lane.copies.retire())
+    land_copies(lane, lane.copies.closed.front(), u16(lane.index), lane.clocks[lane.index]);
 }
 
 // ---- bulk copies -------------------------------------------------------------------------------------------------------------------
@@ -264,8 +264,8 @@ void tensor_store(Lane& lane, u64 map, const int* at, int rank, u32 src, u32 sit
 void bulk_commit(Lane& lane) { lane.stores.commit(); }
 
 void bulk_wait(Lane& lane, u32 allowed) {
-  for (auto& groups = lane.stores.closed; groups.size() > allowed; groups.pop_front())
-    for (BulkStore& s : groups.front()) {
+  for (; lane.stores.closed.size() > allowed; lane.stores.retire())
+    for (BulkStore& s : lane.stores.closed.front()) {
       write_out(*lane.block, s);
       mark_busy(*lane.block, s.src, s.bytes, -1);
       touch(lane.block->shared, s.src, s.bytes, lane, {s.site, "the bulk store"});  // its read lasts until here

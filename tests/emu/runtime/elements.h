@@ -44,4 +44,13 @@ inline float element(Element e, u32 reg, int i) {
   }
 }
 
+// All of them.
+inline void elements(Element e, u32 reg, float* to) {
+  if (e == Element::f16) {
+    to[0] = from_f16(u16(reg)), to[1] = from_f16(u16(reg >> 16));
+    return;
+  }
+  for (int i = 0; i < 32 / element_bits(e); ++i) to[i] = element(e, reg, i);
+}
+
 }  // namespace emu

@@ -80,10 +80,11 @@ struct Stamp {
   u32 team = 0, clock = 0, site = 0;
   u16 index = 0;
   bool strong = false;  // atomic, volatile or with a memory order
-  bool many = false;    // of a read: there are others, in Memory::readers
+  bool many = false;    // of the last read kept in a cell: there are more, in Memory::readers
 };
 struct Cell {
-  Stamp write, read;
+  Stamp write;
+  Stamp reads[4];       // that nothing orders before each other; four warps often read the same tile
 };
 
 struct Memory {
@@ -151,12 +152,18 @@ template <class T>
 struct Groups {  // asynchronous operations of a lane: not committed yet, and committed
   std::vector<T> open;
   std::deque<std::vector<T>> closed;
+  std::vector<std::vector<T>> spare;   // a kernel commits at every step: their memory is used again
   void commit() {
     closed.push_back(std::move(open));
-    open.clear();
+    open = spare.empty() ? std::vector<T>() : std::move(spare.back());
+    if (!spare.empty()) spare.pop_back();
+  }
+  void retire() {  // the oldest group
+    closed.front().clear();
+    spare.push_back(std::move(closed.front()));
+    closed.pop_front();
   }
   bool empty() const { return open.empty() && closed.empty(); }
-  void clear() { open.clear(), closed.clear(); }
 };
 
 struct Accumulator {  // of wgmmas in flight: its registers hold poison until the last of them has been waited for
@@ -267,10 +274,7 @@ struct Launch {
   std::vector<u32> before, after;            // per stream: launches that have ended, before and after griddepcontrol.wait
 };
 
-struct Stats {
-  std::atomic<u64> mma{0}, wgmma{0}, conflicts{0};
-};
-extern Stats stats;
+extern std::atomic<u64> mma_count;
 
 // ---- reports ---------------------------------------------------------------------------------------------------------------------
 void report(const Lane* lane, const char* kind, u32 site, const char* format, ...) __attribute__((format(printf, 4, 5)));
@@ -295,10 +299,8 @@ inline void back_edge(Lane& lane, u32 site) {
 // ---- memory ----------------------------------------------------------------------------------------------------------------------
 Memory& global_memory();
 u64 allocate(u64 bytes, const char* name, u64 align = 256);
-bool release(u64 address);
 void protect(u64 address, u64 bytes, bool read_only);
 bool host_access(u64 address, u64 bytes, bool write, const std::vector<u32>& known);
-u64 count_written(u64 address, u64 bytes);
 void reset_memory();
 std::string describe(const Memory& memory, u64 offset);
 const Launch* launch_of(u32 team);

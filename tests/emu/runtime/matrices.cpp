@@ -31,12 +31,11 @@ void load_fragments(const Collective& c, const Kind& kind, float (*a)[64], float
   for (int l = 0; l < 32; ++l) {
     const auto& arg = *static_cast<MmaArg*>(c.arg[size_t(l)]);
     const int g = l >> 2, t = l & 3;
-    for (int r = 0; r < blocks; ++r)
-      for (int i = 0; i < per; ++i) {
-        const int col = r * 4 * per + t * per + i;
-        for (int h = 0; h < 2; ++h) a[g + 8 * h][col] = element(kind.a, arg.a[r * 2 + h], i);
-        b[g][col] = element(kind.b, arg.b[r], i);
-      }
+    for (int r = 0; r < blocks; ++r) {
+      const int col = r * 4 * per + t * per;
+      for (int h = 0; h < 2; ++h) elements(kind.a, arg.a[r * 2 + h], &a[g + 8 * h][col]);
+      elements(kind.b, arg.b[r], &b[g][col]);
+    }
   }
 }
 
@@ -81,7 +80,7 @@ struct MatrixArg {
 };
 
 // The 16 bytes of row `i` of matrix `j`, whose address lane 8j + i gives; null where it lies outside shared memory.
-u8* matrix_row(Collective& c, Block&, int j, int i, bool write, const char* what) {
+u8* matrix_row(Collective& c, int j, int i, bool write, const char* what) {
   const auto& from = *static_cast<MatrixArg*>(c.arg[size_t(j * 8 + i)]);
   Lane& lane = *from.lane;
   u64 offset;
@@ -98,12 +97,6 @@ u8* matrix_row(Collective& c, Block&, int j, int i, bool write, const char* what
   return memory.data + offset;
 }
 
-void count_conflicts(const Collective& c, int j) {
-  int banks[8] = {};
-  for (int i = 0; i < 8; ++i) ++banks[static_cast<const MatrixArg*>(c.arg[size_t(j * 8 + i)])->address >> 4 & 7];
-  stats.conflicts += u64(*std::max_element(banks, banks + 8) - 1);
-}
-
 // The halves that lane l holds of a matrix: (row, column) and the one after it, which is below instead of beside it if transposed.
 template <class F>
 void for_halves(bool transposed, F f) {
@@ -114,35 +107,37 @@ void for_halves(bool transposed, F f) {
     }
 }
 
-void execute_ldmatrix(Collective& c, Block& block, u32) {
+void execute_ldmatrix(Collective& c, Block&, u32) {
   if (c.arrived != ~0u) return;
   const MatrixArg first = *static_cast<MatrixArg*>(c.arg[0]);
   for (int j = 0; j < first.count; ++j) {
     u16 rows[8][8] = {};
     for (int i = 0; i < 8; ++i)
-      if (const u8* row = matrix_row(c, block, j, i, false, "ldmatrix")) memcpy(rows[i], row, 16);
-    count_conflicts(c, j);
-    for (int l = 0; l < 32; ++l) static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] = 0;
-    for_halves(first.transposed, [&](int l, int h, int row, int col) { static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] |= u32(rows[row][col]) << 16 * h; });
+      if (const u8* row = matrix_row(c, j, i, false, "ldmatrix")) memcpy(rows[i], row, 16);
+    for (int l = 0; l < 32; ++l) {
+      const int p = l >> 2, q = (l & 3) * 2;
+      static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] = first.transposed ? rows[q][p] | u32(rows[q + 1][p]) << 16 : rows[p][q] | u32(rows[p][q + 1]) << 16;
+    }
   }
 }
 
-void execute_stmatrix(Collective& c, Block& block, u32) {
+void execute_stmatrix(Collective& c, Block&, u32) {
   if (c.arrived != ~0u) return;
   const MatrixArg first = *static_cast<MatrixArg*>(c.arg[0]);
   for (int j = 0; j < first.count; ++j) {
     u16 rows[8][8];
     for_halves(first.transposed, [&](int l, int h, int row, int col) { rows[row][col] = u16(static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] >> 16 * h); });
     for (int i = 0; i < 8; ++i)
-      if (u8* row = matrix_row(c, block, j, i, true, "stmatrix")) memcpy(row, rows[i], 16);
-    count_conflicts(c, j);
+      if (u8* row = matrix_row(c, j, i, true, "stmatrix")) memcpy(row, rows[i], 16);
   }
 }
 
 }  // namespace
 
+std::atomic<u64> mma_count{0};
+
 void mma(Lane& lane, Element a_type, Element b_type, int k, bool half_sum, bool saturate, u32* d, const u32* a, const u32* b, const u32* c, u32 site) {
-  if (lane.lane == 0) stats.mma.fetch_add(1, std::memory_order_relaxed);
+  if (lane.lane == 0) mma_count.fetch_add(1, std::memory_order_relaxed);
   MmaArg arg{d, a, b, c};
   collective(lane, ~0u, &arg, execute_mma, Kind{a_type, b_type, k, half_sum, saturate}.pack(), "mma", site);
 }

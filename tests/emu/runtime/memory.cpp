@@ -14,7 +14,7 @@
 namespace emu {
 namespace {
 
-constexpr u64 kArena = u64(1) << 30, kRedZone = 4096;
+constexpr u64 kArena = u64(1) << 29, kRedZone = 4096;
 
 struct Buffer {
   u64 offset, bytes;
@@ -71,26 +71,25 @@ bool race_of_read(Memory& memory, u64 key, Lane& lane, const Access& access) {
     race(memory, key, lane, access, w, true);
     return true;
   }
-  Stamp& r = cell.read;
   const Stamp now{lane.team->serial, lane.clocks[lane.index], access.site, u16(lane.index), access.strong, false};
-  if (empty(memory, r, lane)) {
-    r = now;
-  } else if (r.team == now.team && r.index == now.index ? r.strong || !now.strong : ordered(r, lane) && !r.many) {
-    const bool many = r.many;
+  for (Stamp& r : cell.reads) {
+    const bool own = r.team == now.team && r.index == now.index;
+    if (!empty(memory, r, lane) && (own ? !r.strong && now.strong : !ordered(r, lane))) continue;
+    const bool many = r.many && !empty(memory, r, lane);
     r = now;
     r.many = many;
+    return false;
+  }
+  std::unique_lock<std::mutex> turn(readers_mutex, std::defer_lock);
+  if (memory.global) turn.lock();
+  auto& others = memory.readers[key];
+  Stamp& last = *std::prev(std::end(cell.reads));
+  if (!std::exchange(last.many, true)) others.clear();
+  auto same = std::find_if(others.begin(), others.end(), [&](const Stamp& s) { return s.team == now.team && s.index == now.index && s.strong == now.strong; });
+  if (same != others.end()) {
+    *same = now;
   } else {
-    std::unique_lock<std::mutex> turn(readers_mutex, std::defer_lock);
-    if (memory.global) turn.lock();
-    auto& others = memory.readers[key];
-    if (!r.many) others.clear();
-    r.many = true;
-    auto same = std::find_if(others.begin(), others.end(), [&](const Stamp& s) { return s.team == now.team && s.index == now.index && s.strong == now.strong; });
-    if (same != others.end()) {
-      *same = now;
-    } else {
-      others.push_back(now);
-    }
+    others.push_back(now);
   }
   return false;
 }
@@ -102,8 +101,11 @@ bool race_of_write(Memory& memory, u64 key, Lane& lane, const Access& access) {
     race(memory, key, lane, access, s, wrote);
     return true;
   };
-  if (conflicts(cell.write, true) || conflicts(cell.read, false)) return true;
-  if (cell.read.many && !empty(memory, cell.read, lane)) {
+  if (conflicts(cell.write, true)) return true;
+  for (const Stamp& r : cell.reads)
+    if (conflicts(r, false)) return true;
+  const Stamp& last = *std::prev(std::end(cell.reads));
+  if (last.many && !empty(memory, last, lane)) {
     std::unique_lock<std::mutex> turn(readers_mutex, std::defer_lock);
     if (memory.global) turn.lock();
     const std::vector<Stamp> others = memory.readers[key];
@@ -112,7 +114,7 @@ bool race_of_write(Memory& memory, u64 key, Lane& lane, const Access& access) {
     for (const Stamp& s : others)
       if (conflicts(s, false)) return true;
   }
-  cell.read = {};
+  for (Stamp& r : cell.reads) r = {};
   cell.write = {lane.team->serial, lane.clocks[lane.index], access.site, u16(lane.index), access.strong, false};
   return false;
 }
@@ -120,7 +122,7 @@ bool race_of_write(Memory& memory, u64 key, Lane& lane, const Access& access) {
 void split(Memory& memory, u64 word) {
   memory.flags[word] |= kSplit;
   for (int i = 1; i < 4; ++i) memory.cells[word + i] = memory.cells[word];
-  if (!memory.cells[word].read.many) return;
+  if (!std::prev(std::end(memory.cells[word].reads))->many) return;
   std::unique_lock<std::mutex> turn(readers_mutex, std::defer_lock);
   if (memory.global) turn.lock();
   const std::vector<Stamp> others = memory.readers[word];
@@ -185,9 +187,27 @@ Memory& global_memory() {
   return memory;
 }
 
+namespace {
+
+// Reads of whole words that have been written and are not split: nearly all that kernels do. False: look closer, from `offset` on.
+bool read_words(Memory& memory, u64& offset, u64 end, Lane& lane, const Access& access) {
+  constexpr u32 kEach = 0x01010101, kGood = (kAllocated | kWritten) * kEach, kBad = (kInFlight | kBarrier | kSplit) * kEach;
+  for (; offset < end; offset += 4) {
+    u32 flags;
+    memcpy(&flags, memory.flags + offset, 4);
+    if ((flags & (kGood | kBad)) != kGood) return false;
+    if (memory.global && flags & kReadOnly) continue;
+    if (race_of_read(memory, offset, lane, access)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 bool touch(Memory& memory, u64 offset, u32 bytes, Lane& lane, const Access& access) {
-  Locked turn(memory, offset, lane);
   const u64 end = offset + bytes;
+  Locked turn(memory, offset, lane);
+  if (!access.write && !((offset | bytes) & 3) && read_words(memory, offset, end, lane, access)) return true;
   bool mine = true;
   for (u64 o = offset; o < end;) {
     const u32 step = u32(std::min<u64>(end - o, 4 - (o & 3)));
@@ -200,8 +220,7 @@ bool touch(Memory& memory, u64 offset, u32 bytes, Lane& lane, const Access& acce
 void land(Memory& memory, u64 offset, u32 bytes, u32 team, u16 index, u32 clock, u32 site) {
   for (u64 o = offset; o < offset + bytes; ++o) {
     memory.flags[o] = (memory.flags[o] & (kAllocated | kSplit)) | kWritten;
-    memory.cells[o].write = {team, clock, site, index, false, false};
-    memory.cells[o].read = {};
+    if (o % 4 == 0 || memory.flags[o & ~u64(3)] & kSplit) memory.cells[o] = {{team, clock, site, index, false, false}, {}};
   }
 }
 
@@ -302,15 +321,6 @@ u64 add_global(const char* name, u64 bytes, u64 align, const u8* init, u64 init_
   return address;
 }
 
-bool release(u64 address) {
-  Buffer* b = find(address);
-  Memory& memory = global_memory();
-  if (!b || reinterpret_cast<u64>(memory.data) + b->offset != address) return false;
-  memset(memory.flags + b->offset, 0, b->bytes);  // its addresses are not given out again before reset_memory
-  buffers.erase(buffers.begin() + (b - buffers.data()));
-  return true;
-}
-
 void protect(u64 address, u64 bytes, bool read_only) {
   Memory& memory = global_memory();
   const u64 offset = address - reinterpret_cast<u64>(memory.data);
@@ -336,12 +346,6 @@ bool host_access(u64 address, u64 bytes, bool write, const std::vector<u32>& kno
   if (!write) return true;
   for (u64 o = offset; o < offset + bytes; ++o) memory.flags[o] |= kWritten, memory.cells[o] = {};
   return true;
-}
-
-u64 count_written(u64 address, u64 bytes) {
-  Memory& memory = global_memory();
-  const u64 offset = address - reinterpret_cast<u64>(memory.data);
-  return u64(std::count_if(memory.flags + offset, memory.flags + offset + bytes, [](u8 f) { return f & kWritten; }));
 }
 
 void reset_memory() {

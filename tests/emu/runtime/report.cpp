@@ -25,8 +25,6 @@ std::string line(const char* file, int number) {
 
 }  // namespace
 
-Stats stats;
-
 u32 add_sites(const Site* table, u32 count) {
   const u32 first = u32(sites().size());
   sites().insert(sites().end(), table, table + count);

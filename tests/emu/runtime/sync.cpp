@@ -105,7 +105,7 @@ bool execute_if_all_came(Lane& lane, size_t which) {
   return true;
 }
 
-std::vector<Lane*> lanes_of(Collective& c, Block&, u32) {
+std::vector<Lane*> lanes_of(const Collective& c) {
   std::vector<Lane*> lanes;
   for (u32 left = c.arrived; left; left &= left - 1) lanes.push_back(*static_cast<Lane**>(c.arg[u32(std::countr_zero(left))]));
   return lanes;
@@ -145,7 +145,7 @@ void collective(Lane& lane, u32 mask, void* arg, Execute execute, long variant, 
 
 void warp_sync(Lane& lane, u32 mask, u32 site) {
   Lane* me = &lane;
-  collective(lane, mask, &me, [](Collective& c, Block& b, u32 w) { join(lanes_of(c, b, w)); }, 0, "bar.warp.sync", site, true);
+  collective(lane, mask, &me, [](Collective& c, Block&, u32) { join(lanes_of(c)); }, 0, "bar.warp.sync", site, true);
 }
 
 u32 shuffle(Lane& lane, u32 value, int mode, u32 b, u32 c, u32 mask, u32 site, bool* valid) {

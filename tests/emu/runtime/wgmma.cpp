@@ -121,7 +121,6 @@ void execute(WarpgroupCall& call, Lane& first_lane) {
       }
     }
   }
-  stats.wgmma.fetch_add(1, std::memory_order_relaxed);
 }
 
 void rendezvous(Lane& lane, WgmmaArg& arg, u32 site) {
@@ -172,8 +171,8 @@ void wgmma_fence(Lane& lane) { lane.wgmma_fenced = true; }
 void wgmma_commit(Lane& lane) { lane.wgmmas.commit(); }
 
 void wgmma_wait(Lane& lane, u32 allowed) {
-  for (auto& groups = lane.wgmmas.closed; groups.size() > allowed; groups.pop_front())
-    for (PendingWgmma& w : groups.front()) {
+  for (; lane.wgmmas.closed.size() > allowed; lane.wgmmas.retire())
+    for (PendingWgmma& w : lane.wgmmas.closed.front()) {
       for (u32 piece : w.chunks) {
         --lane.block->busy[piece];
         touch(lane.block->shared, piece * 16, 16, lane, {w.site, "wgmma"});  // its read lasts until here
