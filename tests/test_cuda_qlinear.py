@@ -157,6 +157,26 @@ def test_decode_multiplies_codes_and_outliers_exactly(device, kernel, dtype):
 
 
 @each_kernel()
+def test_a_kernel_waits_for_the_one_that_writes_its_input(device, kernel):
+    """On Hopper it starts while that one runs: each of its warps that reads x must wait, and before it adds the residual."""
+    problem, m = Problem(device, random_weight(130, 1536, 128, mask="sparse")), KERNELS[kernel][-1]
+    x, weight = torch.randn(m, 1536).half(), torch.rand(1536)
+    for _ in device.schedules(seeds=1):
+        problem.place(m)
+        normed = device.array(np.zeros((m, 1536), np.float16), "normed", read_only=False)
+        norm, op = device.ops.RmsNorm(), problem.op
+        norm.m, norm.n, norm.eps, norm.dtype, norm.y = m, 1536, 1e-5, 1, normed.ptr
+        norm.x, norm.weight = device.array(x.numpy(), "x").ptr, device.array(weight.numpy(), "weight").ptr
+        y = device.empty((m, 1536), np.float16, "y")
+        op.dtype, op.x, op.x_stride, op.y, op.y_stride, op.residual = 1, normed.ptr, 1536, y.ptr, 1536, normed.ptr
+        norm.run(stream=device.stream, kernel="rmsnorm_sm80")
+        op.run(stream=device.stream, kernel=kernel)
+        x_read = torch.from_numpy(normed.numpy().copy())
+        found = torch.from_numpy(y.numpy()[:, :130].copy())
+        assert error(found, problem.expected(x_read, x_read[:, :130])) <= BOUND[torch.float16]
+
+
+@each_kernel()
 def test_a_token_with_nan_leaves_its_neighbours_alone(device, kernel):
     problem, m = Problem(device, random_weight(20, 96, 32, mask="sparse")), KERNELS[kernel][-1]
     problem.place(m)

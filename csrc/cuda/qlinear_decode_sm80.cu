@@ -201,7 +201,6 @@ struct OutlierWarp {
     uint32_t b[W][4];
     for (int i = 0; i < 4; ++i) {
       const bool inside = whole || (at + i >= range.from && at + i < range.to);
-      if (!inside) entry[i] = 0;
       for (int w = 0; w < W; ++w) b[w][i] = inside ? x[w][entry[i] & (mma::kSpan - 1)] : 0;
     }
     uint32_t value[2], here[2], high[2];  // for a pair of entries, in the halves of a word

@@ -75,7 +75,8 @@ __device__ void make(const Copies<bits, G>& copies, int band, int count) {
   if (copies_too)
     for (int i = 0; i < min(kStages, count); ++i) copies.codes(i);
   Maker<T, bits> maker(copies.op, copies.shares, band, copies.begin, copies.begin + count);
-  if (copies_too) ptx::dependency_wait();  // weights are nobody's output, x is
+  // Weights are nobody's output, x is. One thread waits for all: the residual and the workspace are touched when x has been multiplied.
+  if (copies_too) ptx::dependency_wait();
   for (int i = 0; i < count; ++i) {
     const Turn turn(i), before(i - 1);
     if (i >= kStages) ptx::barrier_wait(&shared.used[turn.stage], turn.parity ^ 1);
@@ -157,7 +158,6 @@ qlinear_gemm_kernel(const __grid_constant__ QLinear op, const __grid_constant__ 
     multiply<T, bits, G>(shared, warp / 4, count, sum);
   else
     make<T, bits, G>({op, shares, shared, x, begin}, warp - 4 * G, count);
-  ptx::dependency_wait();  // make() has done so for x; now for the residual and the workspace
   if (gridDim.z > 1 && !add_other_blocks<G>(shares, sum)) return;
   __syncthreads();  // shared memory becomes room for y
   float* out = reinterpret_cast<float*>(memory);
