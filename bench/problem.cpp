@@ -129,11 +129,11 @@ Prepared<QLinear> Problem<QLinear>::prepare(const Kernel<QLinear>& kernel, size_
       {bytes.scale, op.scale, [](QLinear& o, void* at) { o.scale = at; }},
   };
   if (op.outlier_row && op.layout != pe::Layout::canonical) {
-    const pe::OutlierBytes size = pe::outlier_bytes(op_, kernel.layout);
+    const pe::OutlierBytes size = pe::outlier_band_bytes(op_, kernel.layout);
     auto* band = keep<pe::OutlierBand>(prepared.owned, size.band / sizeof(pe::OutlierBand));
     auto* run = keep<pe::OutlierRun>(prepared.owned, size.run / sizeof(pe::OutlierRun));
     auto* vector = keep<uint8_t>(prepared.owned, size.vector);
-    pe::pack_outliers(op_, kernel.layout, band, run, vector);
+    pe::pack_outlier_bands(op_, kernel.layout, band, run, vector);
     op.outlier_band = band, op.outlier_run = run, op.outlier_vector = vector;
     parts.push_back({size.band, band, [](QLinear& o, void* at) { o.outlier_band = static_cast<pe::OutlierBand*>(at); }});
     parts.push_back({size.run, run, [](QLinear& o, void* at) { o.outlier_run = static_cast<pe::OutlierRun*>(at); }});

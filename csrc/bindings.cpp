@@ -39,6 +39,12 @@ py::class_<Program> bind_program(py::module_& m) {
   return c;
 }
 
+// The dtype of an op's activations as a Python integer.
+template <class Class, class Struct>
+void dtype(Class& c, Dtype Struct::* member) {
+  c.def_property("dtype", [member](const Struct& s) { return int(s.*member); }, [member](Struct& s, int v) { s.*member = Dtype(v); });
+}
+
 // The class of an op and the functions over its table.
 template <class Op>
 py::class_<Op> bind(py::module_& m, py::class_<Program>& program, const char* name) {
@@ -80,14 +86,15 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
   pointer(c, "outlier_value", &QLinear::outlier_value), pointer(c, "workspace", &QLinear::workspace);
   pointer(c, "outlier_band", &QLinear::outlier_band), pointer(c, "outlier_run", &QLinear::outlier_run);
   pointer(c, "outlier_vector", &QLinear::outlier_vector);
-  c.def("outlier_bytes", [](const QLinear& q, int layout) {
-    const OutlierBytes b = outlier_bytes(q, Layout(layout));
+  c.def("outlier_band_bytes", [](const QLinear& q, int layout) {
+    const OutlierBytes b = outlier_band_bytes(q, Layout(layout));
     return py::make_tuple(b.band, b.run, b.vector);
   });
-  c.def("pack_outliers", [](const QLinear& q, int layout, uintptr_t band, uintptr_t run, uintptr_t vector) {
+  c.def("pack_outlier_bands", [](const QLinear& q, int layout, uintptr_t band, uintptr_t run, uintptr_t vector) {
     py::gil_scoped_release release;
-    pack_outliers(q, Layout(layout), reinterpret_cast<OutlierBand*>(band), reinterpret_cast<OutlierRun*>(run), reinterpret_cast<uint8_t*>(vector));
+    pack_outlier_bands(q, Layout(layout), reinterpret_cast<OutlierBand*>(band), reinterpret_cast<OutlierRun*>(run), reinterpret_cast<uint8_t*>(vector));
   });
+  pointer(c, "outlier_offset", &QLinear::outlier_offset), pointer(c, "outlier_entry", &QLinear::outlier_entry), dtype(c, &QLinear::dtype);
   c.def("workspace_bytes", [](const QLinear& q) { return workspace_bytes(q); });
   c.def("target_layout", [](const QLinear& q, const std::string& kernel) { return int(choose(q, kernel).layout); }, py::arg("kernel") = "");
   c.def("packed_bytes", [](const QLinear& q, int layout) {
@@ -102,6 +109,18 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
     py::gil_scoped_release release;
     unpack(q, reinterpret_cast<uint8_t*>(weight), reinterpret_cast<void*>(scale), reinterpret_cast<uint8_t*>(zero));
   });
+  c.def("outlier_counts", [](const QLinear& q) {
+    const OutlierCounts counts = outlier_counts(q);
+    return py::make_tuple(counts.offset, counts.entry);
+  });
+  c.def("pack_outliers", [](const QLinear& q, uintptr_t offset, uintptr_t entry) {
+    py::gil_scoped_release release;
+    pack_outliers(q, reinterpret_cast<uint32_t*>(offset), reinterpret_cast<uint32_t*>(entry));
+  });
+  c.def("unpack_outliers", [](const QLinear& q, uintptr_t row, uintptr_t col, uintptr_t value) {
+    py::gil_scoped_release release;
+    unpack_outliers(q, reinterpret_cast<int32_t*>(row), reinterpret_cast<void*>(col), reinterpret_cast<uint16_t*>(value));
+  });
 }
 
 void bind_elementwise(py::module_& m, py::class_<Program>& program) {
@@ -112,9 +131,10 @@ void bind_elementwise(py::module_& m, py::class_<Program>& program) {
   norm.def_readwrite("m", &RmsNorm::m).def_readwrite("n", &RmsNorm::n).def_readwrite("eps", &RmsNorm::eps);
   pointer(norm, "x", &RmsNorm::x), pointer(norm, "weight", &RmsNorm::weight), pointer(norm, "y", &RmsNorm::y);
   pointer(norm, "row", &RmsNorm::row);
+  pointer(norm, "residual", &RmsNorm::residual), dtype(norm, &RmsNorm::dtype);
   auto silu = bind<SiluMul>(m, program, "SiluMul");
   silu.def_readwrite("m", &SiluMul::m).def_readwrite("n", &SiluMul::n);
-  pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y);
+  pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y), dtype(silu, &SiluMul::dtype);
 }
 
 void bind_attention(py::module_& m, py::class_<Program>& program) {
@@ -124,6 +144,7 @@ void bind_attention(py::module_& m, py::class_<Program>& program) {
   auto rope = bind<RopeKV>(m, program, "RopeKV");
   rope.def_readwrite("m", &RopeKV::m).def_readwrite("heads", &RopeKV::heads).def_readwrite("kv_heads", &RopeKV::kv_heads);
   rope.def_readwrite("head_dim", &RopeKV::head_dim).def_readwrite("qkv_stride", &RopeKV::qkv_stride).def_readwrite("cache", &RopeKV::cache);
+  dtype(rope, &RopeKV::dtype);
   pointer(rope, "qkv", &RopeKV::qkv), pointer(rope, "cos", &RopeKV::cos), pointer(rope, "sin", &RopeKV::sin);
   pointer(rope, "slot", &RopeKV::slot), pointer(rope, "position", &RopeKV::position);
   auto attention = bind<Attention>(m, program, "Attention");

@@ -53,7 +53,14 @@ bool amx_works() {
 }  // namespace
 #endif
 
+#if defined(PE_CUDA_BUILT)
+const char* missing_gpu(Arch arch);  // cuda/device.cu
+#else
+static const char* missing_gpu(Arch) { return "built without CUDA"; }
+#endif
+
 const char* missing(Arch arch) {
+  if (arch == Arch::sm80 || arch == Arch::sm90a) return missing_gpu(arch);
 #if defined(__x86_64__)
   switch (arch) {
     case Arch::any:
@@ -77,6 +84,8 @@ const char* missing(Arch arch) {
       static const bool works = !missing(Arch::avx512) && amx_works();
       return works ? nullptr : "this CPU has no AMX with bf16, or the kernel does not grant it";
     }
+    default:
+      break;
   }
 #endif
   return arch == Arch::any ? nullptr : "not an x86-64 CPU";

@@ -12,10 +12,10 @@ namespace pe {
 
 enum class Device : int { cpu, cuda };
 
-// What a row needs from the processor it runs on.
-enum class Arch : int { any, avx2, avx512, amx };
+// What a row needs from the processor it runs on. sm80: a GPU of compute capability 8.x or 9.0; sm90a: of 9.0 alone.
+enum class Arch : int { any, avx2, avx512, amx, sm80, sm90a };
 
-// Null if this machine has what `arch` needs, else what is missing.
+// Null if this machine has what `arch` needs, else what is missing. For a GPU it is the calling thread's current one.
 const char* missing(Arch arch);
 
 // Ranks: 0 reference, 1 general, 2 specialised, 3 architecture-specific, 4 on matrix units.
@@ -45,6 +45,10 @@ struct Row {
 template <class Op>
 std::string refusal(const Kernel<Op>& kernel, const Op& op) {
   if (const char* why = missing(kernel.arch)) return why;
+  const bool on_cpu = kernel.device == Device::cpu;
+  if constexpr (requires { op.dtype; }) {
+    if (on_cpu != (op.dtype == Dtype::f32)) return on_cpu ? "takes f32 activations" : "takes f16 or bf16 activations";
+  }
   if constexpr (requires { op.layout; }) {
     if (op.layout != Layout::canonical && op.layout != kernel.layout) return "weights are packed for another kernel";
   }

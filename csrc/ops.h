@@ -1,5 +1,7 @@
 // The C++ API: one plain struct an op. Pointers are the caller's; an op never allocates, prints or exits.
 // On the CPU activations are f32 and a stream is null. Strides count elements between rows. m = tokens, n = outputs, k = inputs.
+// On a GPU activations are f16 or bf16: `dtype` says what the `float*` of an op's activations then really point at (weights of norms,
+// biases and tables stay f32), and so, since no kernel takes both, which device an op is for.
 #pragma once
 
 #include <cstddef>
@@ -7,12 +9,20 @@
 
 namespace pe {
 
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
+
 // How the codes of a quantized weight lie in memory. Files hold `canonical` alone; pack.cpp makes the others at load.
 //   canonical  weight[n, ceil(k*bits/8)] row-major, even column in the low nibble; scale, zero [n, k/group]
 //   tileR      R = 8 or 16 rows side by side, one 32-bit word a row: weight[n/R][k/s][R][4] with s = 32/bits inputs a word.
 //              4 bits: byte b holds input b (low nibble) and input 4+b (high nibble) of the word's eight. 8 bits: byte b is
 //              input b of four. scale, zero [n/R][k/group][R]. n is padded to R with scale 0, k to 8 with code 0.
-enum class Layout : int { canonical = 0, tile8 = 8, tile16 = 16 };
+//   mma        for CUDA: tiles of 64 outputs × 64 inputs, [n/64][k/64] of them, each in the order in which a warp's lanes hold the row
+//              operand of a tensor core (m16n8k16): [band of 16 outputs][16 bytes of bits/4 of its steps][lane]. Lane 4g+t has outputs
+//              g and g+8 of the band and the 8 inputs from 32h+8t on for each half h of the tile: step s holds those from
+//              32(s/2) + 8t + 4(s%2) on, as pairs (g: 0,1) (g+8: 0,1) (g: 2,3) (g+8: 2,3). 4 bits: a step is one word, pair p in nibbles
+//              p and p+4. 8 bits: two words, two pairs each. scale, zero [n/64][k/group][g][band][g or g+8]. n is padded to 64 with
+//              scale 0, k to 64 with code 0.
+enum class Layout : int { canonical = 0, mma = 1, tile8 = 8, tile16 = 16 };
 
 // How outliers lie beside a tiled weight, for kernels that take R outputs or R outliers at a time. Masks chosen by gradients are so
 // uneven (some outputs have none, some are full) that rows cut to one length waste more than they hold, and loops over the rows of
@@ -38,9 +48,13 @@ struct OutlierRun {
 // exactly in int32 over a group; outliers multiply the unquantized x. A token with NaN or infinity gives NaN.
 // Bound on ‖y − oracle‖ / ‖oracle‖ for normally distributed x: 1e-5 with f32 or 8-bit codes, 1e-4 with fixed point (an input that
 // towers over its group costs the others of the group digits), 5e-3 with bf16.
-// Sums do not depend on the number of threads, nor on m for one kernel: its result for a token has the same bits in any batch.
+// For f16 and bf16 the sums are f32; codes, zeros and outliers are exact where weights go from registers into the tensor cores, and
+// rounded to dtype where they go through shared memory: ≤ 1e-3 for f16 and ≤ 6e-3 for bf16, each given x and with y rounded to dtype.
+// The same call gives the same bits always: no float atomics.
+// On the CPU sums do not depend on the number of threads, nor on m for one kernel: its result for a token has the same bits in any batch.
 struct QLinear {
   int64_t m = 0, n = 0, k = 0;
+  Dtype dtype = Dtype::f32;        // of x, y and residual
   int64_t group = 0;               // inputs that share a scale: 32, 64, 128 or k
   int bits = 4;                    // 4 or 8: bits that a code occupies
   int act_bits = 16;               // 16 or 8
@@ -60,11 +74,15 @@ struct QLinear {
   const int32_t* outlier_row = nullptr;    // [n+1]
   const void* outlier_col = nullptr;       // [nnz]
   const uint16_t* outlier_value = nullptr; // f16[nnz]
-  // The same outliers as pack_outliers() orders them, nullable together; for kernels of a tile layout.
+  // The same outliers as pack_outlier_bands() orders them, nullable together; for kernels of a tile layout.
   const OutlierBand* outlier_band = nullptr;
   const OutlierRun* outlier_run = nullptr;
   const uint8_t* outlier_vector = nullptr;
-  void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned
+  // The same outliers for layout mma, nullable together, in tiles of 16 outputs × 64 inputs (16 outputs are what one tensor-core
+  // instruction yields): entry = value << 16 | output in the band << 12 | input modulo 4096, by output and input within a tile.
+  const uint32_t* outlier_offset = nullptr;  // [n/16 · k/64 + 1], n and k padded to 64: where each tile begins, band by band
+  const uint32_t* outlier_entry = nullptr;   // [nnz padded to 4 with zeros], 16-byte aligned
+  void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned; for CUDA zeroed before its first use, and one a stream
 };
 
 // y[m,k] = rows token[m] of a table of `table.n` rows: its weights alone are read, in any layout.
@@ -75,19 +93,25 @@ struct Embedding {
   float* y = nullptr;
 };
 
-// y[m,n] = v / sqrt(mean(v²) + eps) · weight[n] with v = x[row[i], :], or x[i, :] without `row`.  Bound: 1e-6 relative.
+// y[m,n] = v / sqrt(mean(v²) + eps) · weight[n] with v = x[row[i], :], or x[i, :] without `row`; after v += residual where there is
+// one: the sum, rounded to dtype, replaces the residual.  Bound: 1e-6 relative for f32; f16 and bf16 add the rounding of the sum and of
+// y, 2^-11 or 2^-8 of each value at most.
 struct RmsNorm {
   int64_t m = 0, n = 0;
+  Dtype dtype = Dtype::f32;
   const float* x = nullptr;
   const int64_t* row = nullptr;  // nullable [m]
-  const float* weight = nullptr;
+  float* residual = nullptr;       // nullable [m,n]
+  const float* weight = nullptr;   // f32[n]
   float* y = nullptr;
   float eps = 0;
 };
 
-// y[m,n] = silu(x[m, 0:n]) · x[m, n:2n]; x holds gate and up side by side.  Bound: 1e-6 relative.
+// y[m,n] = silu(x[m, 0:n]) · x[m, n:2n]; x holds gate and up side by side.  Bound: 1e-6 relative for f32; f16 and bf16 add the rounding
+// of y, 2^-11 or 2^-8.
 struct SiluMul {
   int64_t m = 0, n = 0;
+  Dtype dtype = Dtype::f32;
   const float* x = nullptr;
   float* y = nullptr;
 };
@@ -104,6 +128,7 @@ struct KVCache {
 // qkv[m, (heads + 2·kv_heads)·head_dim]; pairs are (i, i + head_dim/2); cos, sin f32[≥ max position + 1, head_dim/2].
 struct RopeKV {
   int64_t m = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  Dtype dtype = Dtype::f32;        // of qkv
   float* qkv = nullptr;
   int64_t qkv_stride = 0;
   const float* cos = nullptr;
@@ -162,7 +187,15 @@ void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero);
 struct OutlierBytes {
   size_t band, run, vector;
 };
-OutlierBytes outlier_bytes(const QLinear& op, Layout layout);
-void pack_outliers(const QLinear& op, Layout layout, OutlierBand* band, OutlierRun* run, uint8_t* vector);
+OutlierBytes outlier_band_bytes(const QLinear& op, Layout layout);
+void pack_outlier_bands(const QLinear& op, Layout layout, OutlierBand* band, OutlierRun* run, uint8_t* vector);
+
+// Layout mma: numbers of u32 in the lists of outliers, and the lists from the CSR of `op` and back.
+struct OutlierCounts {
+  size_t offset, entry;
+};
+OutlierCounts outlier_counts(const QLinear& op);
+void pack_outliers(const QLinear& op, uint32_t* offset, uint32_t* entry);
+void unpack_outliers(const QLinear& op, int32_t* row, void* col, uint16_t* value);
 
 }  // namespace pe

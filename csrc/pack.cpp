@@ -4,6 +4,7 @@
 
 #include "cpu/threads.h"
 #include "ops.h"
+#include "pack_mma.h"
 
 namespace pe {
 namespace {
@@ -48,11 +49,13 @@ void tile_all(const QLinear& op, int64_t rows, void* scale, uint8_t* zero, bool 
 }  // namespace
 
 PackedBytes packed_bytes(const QLinear& op, Layout layout) {
+  if (layout == Layout::mma) return mma::packed_bytes(op);
   const int64_t n = round_up(op.n, int64_t(layout)), groups = op.k / op.group;
   return {size_t(n * round_up(op.k, 8) * op.bits / 8), size_t(n * groups * (op.scale_f32 ? 4 : 2)), op.zero ? size_t(n * groups) : 0};
 }
 
 void pack(const QLinear& op, Layout layout, uint8_t* weight, void* scale, uint8_t* zero) {
+  if (layout == Layout::mma) return mma::pack(op, weight, scale, zero);
   const int64_t rows = int64_t(layout);
   const PackedBytes bytes = packed_bytes(op, layout);
   std::memset(weight, 0, bytes.weight);
@@ -69,6 +72,7 @@ void pack(const QLinear& op, Layout layout, uint8_t* weight, void* scale, uint8_
 }
 
 void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
+  if (op.layout == Layout::mma) return mma::unpack(op, weight, scale, zero);
   const int64_t rows = int64_t(op.layout), width = op.bits == 8 ? op.k : (op.k + 1) / 2;
   std::memset(weight, 0, size_t(op.n * width));
   for (int64_t r = 0; r < op.n; ++r)
@@ -85,6 +89,7 @@ void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
 // Per token of a chunk: x as f32 and as two planes of i8, each padded to 8 inputs, two sums and a scale a group, x transposed in blocks
 // of 16, and the columns that are still to be gated.
 size_t workspace_bytes(const QLinear& op) {
+  if (op.layout == Layout::mma) return mma::workspace_bytes(op);
   const size_t m = size_t(round_up(std::min(op.m, kChunk), 16)), k = size_t(round_up(op.k, 8)), groups = size_t(op.k / op.group);
   return m * (k * 4 + 2 * k + groups * 12 + k * 4 + (op.gated ? size_t(op.n) * 4 : 0)) + 6 * 64;
 }

@@ -174,8 +174,8 @@ def pack(op: _C.QLinear, layout: int) -> dict[str, Tensor | None]:
     op.pack(layout, weight.data_ptr(), scale.data_ptr(), zero.data_ptr())
     tensors = {"weight": weight, "scale": scale, "zero": zero if op.zero else None}
     if op.outlier_row:
-        parts = [memory.packed((size,), uint8) for size in op.outlier_bytes(layout)]
-        op.pack_outliers(layout, *(t.data_ptr() for t in parts))
+        parts = [memory.packed((size,), uint8) for size in op.outlier_band_bytes(layout)]
+        op.pack_outlier_bands(layout, *(t.data_ptr() for t in parts))
         tensors |= dict(zip(("outlier_band", "outlier_run", "outlier_vector"), parts))
     for name, t in tensors.items():
         setattr(op, name, 0 if t is None else t.data_ptr())

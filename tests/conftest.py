@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emu.device import device, kernel_device  # noqa: F401  (fixtures)
 
 
 def pytest_addoption(parser):
@@ -15,6 +16,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: on a real GPU")
     path = config.getoption("--native-module")
     if path:
         import pyengine

@@ -15,11 +15,11 @@ SHAPES = ((1, 32, 32), (17, 64, 64), (33, 96, 32), (35, 37, 37), (50, 100, 100),
 
 
 def rows(op: str) -> list:
-    """The rows of an op's table but the oracle; those that this machine cannot run are skipped with the reason."""
+    """The CPU's rows of an op's table but the oracle; those that this machine cannot run are skipped with the reason."""
     return [
         pytest.param(row["name"], marks=pytest.mark.skipif(row["missing"] is not None, reason=str(row["missing"])))
         for row in ops.kernels()[op]
-        if not row["name"].endswith("_reference")
+        if row["device"] == "cpu" and not row["name"].endswith("_reference")
     ]
 
 
@@ -221,7 +221,7 @@ def test_columns_beyond_16_bits(kernel):
 
 
 @pytest.mark.parametrize("bits", (4, 8))
-@pytest.mark.parametrize("layout", (8, 16))
+@pytest.mark.parametrize("layout", (1, 8, 16))
 def test_packing_has_an_exact_inverse(bits, layout):
     for n, k, group in SHAPES:
         w = random_weight(n, k, group, bits, asymmetric=True)
@@ -277,6 +277,26 @@ def test_embedding_reads_rows_of_any_layout(bits, layout):
         token = torch.tensor([n - 1, 0, n // 2] * 7)
         assert torch.equal(layer.rows(token, torch.empty(21, k)), w.dequantize()[token])
         del packed
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_tile_list_of_outliers_has_an_exact_inverse(mask):
+    for n, k, group in (*SHAPES, (70, 8192 + 96, 32), (3, 65536 + 64, 64)):
+        w = random_weight(n, k, group, mask=mask)
+        if not w.outliers:
+            continue
+        op = Linear(w, 16, "qlinear_reference")._op
+        offset, entry = (torch.empty(count, dtype=torch.int32) for count in op.outlier_counts())
+        op.pack_outliers(offset.data_ptr(), entry.data_ptr())
+        tiles = (k + 63) // 64
+        assert offset[0] == 0 and offset[-1] == w.outliers and len(offset) == (n + 63) // 64 * 4 * tiles + 1
+        owner = torch.repeat_interleave(torch.arange(n), w.outlier_row.diff())
+        counted = torch.bincount(owner // 16 * tiles + w.outlier_col.to(torch.int64) // 64, minlength=len(offset) - 1)
+        assert torch.equal(offset.diff().long(), counted) and not entry[w.outliers :].any()
+        op.outlier_offset, op.outlier_entry = offset.data_ptr(), entry.data_ptr()
+        back = [torch.empty_like(t) for t in (w.outlier_row, w.outlier_col, w.outlier_value)]
+        op.unpack_outliers(*(t.data_ptr() for t in back))
+        assert all(torch.equal(a, b) for a, b in zip(back, (w.outlier_row, w.outlier_col, w.outlier_value)))
 
 
 @pytest.mark.parametrize("kernel", ["rmsnorm_reference", *rows("RmsNorm")])

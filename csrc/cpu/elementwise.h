@@ -22,6 +22,8 @@ typename V::F exp(typename V::F v) {
   return V::mul(p, V::exp2i(n));
 }
 
+inline const char* rmsnorm_refuses(const RmsNorm& op) { return op.residual ? "adds no residual: qlinear does" : nullptr; }
+
 template <class V>
 void rmsnorm(const RmsNorm& op, void*) {
   parallel_for(op.m, 16, [&](int64_t begin, int64_t end) {

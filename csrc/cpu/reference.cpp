@@ -96,6 +96,10 @@ void qlinear(const QLinear& op, void*) {
 void rmsnorm(const RmsNorm& op, void*) {
   for (int64_t i = 0; i < op.m; ++i) {
     const float* x = op.x + (op.row ? op.row[i] : i) * op.n;
+    if (float* residual = op.residual ? op.residual + i * op.n : nullptr) {
+      for (int64_t c = 0; c < op.n; ++c) residual[c] += x[c];
+      x = residual;
+    }
     double sum = 0;
     for (int64_t c = 0; c < op.n; ++c) sum += double(x[c]) * x[c];
     const double factor = 1 / std::sqrt(sum / double(op.n) + op.eps);

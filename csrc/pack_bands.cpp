@@ -36,7 +36,7 @@ struct Packing {
 
 }  // namespace
 
-OutlierBytes outlier_bytes(const QLinear& op, Layout layout) {
+OutlierBytes outlier_band_bytes(const QLinear& op, Layout layout) {
   const Packing p{op, int64_t(layout)};
   OutlierBytes bytes{size_t(p.bands()) * sizeof(OutlierBand), 0, 0};
   for (int64_t b = 0; b < p.bands(); ++b) {
@@ -52,9 +52,9 @@ OutlierBytes outlier_bytes(const QLinear& op, Layout layout) {
   return bytes;
 }
 
-void pack_outliers(const QLinear& op, Layout layout, OutlierBand* band, OutlierRun* run, uint8_t* vector) {
+void pack_outlier_bands(const QLinear& op, Layout layout, OutlierBand* band, OutlierRun* run, uint8_t* vector) {
   const Packing p{op, int64_t(layout)};
-  std::memset(vector, 0, outlier_bytes(op, layout).vector);
+  std::memset(vector, 0, outlier_band_bytes(op, layout).vector);
   uint32_t vectors = 0, runs = 0;
   for (int64_t b = 0; b < p.bands(); ++b, ++band) {
     *band = {vectors, runs, 0, {}, {}};

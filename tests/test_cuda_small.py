@@ -1,0 +1,67 @@
+"""The small CUDA kernels between the linears, forced by name, against float64: on the emulated GPUs, and with `-m gpu` on a real one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+DTYPES = {torch.float16: 1, torch.bfloat16: 2}
+UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # the rounding of a value; ops.h
+
+
+def put(device, t: torch.Tensor, name: str, read_only: bool = True):
+    return device.array(t.contiguous().view(torch.uint8).numpy() if t.dtype == torch.bfloat16 else t.contiguous().numpy(), name, read_only)
+
+
+def get(array, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(array.numpy().copy()).view(like.dtype).view(like.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_mul(device, dtype):
+    for m, n in ((1, 8), (3, 576), (2, 2048 + 8)):
+        x = (torch.randn(m, 2 * n) * 10).to(dtype)
+        x[0, 0], x[-1, n - 1] = 200.0, -200.0  # far outside of what exp() can return
+        expected = torch.nn.functional.silu(x.double()[:, :n]) * x.double()[:, n:]
+        for schedule in device.schedules(seeds=1):
+            xs, ys = put(device, x, "x"), put(device, x[:, :n] * 0 + 7, "y", read_only=False)
+            op = device.ops.SiluMul()
+            op.m, op.n, op.dtype, op.x, op.y = m, n, DTYPES[dtype], xs.ptr, ys.ptr
+            op.run(stream=device.stream, kernel="silu_mul_sm80")
+            y = get(ys, x[:, :n]).double()
+            assert ((y - expected).abs() <= (UNIT[dtype] + 1e-6) * expected.abs() + 1e-7).all(), (m, n, schedule)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", (16, 64, 128, 272))
+def test_rope_kv(device, dtype, head_dim):
+    heads, kv_heads, length, m, half = 5, 2, 40, 6, head_dim // 2
+    cos, sin = torch.randn(length, half), torch.randn(length, half)
+    qkv = torch.randn(m, (heads + 2 * kv_heads) * head_dim + 8).to(dtype)
+    k, v = (torch.randn(3, kv_heads, length, head_dim).half() for _ in range(2))
+    slot, position = torch.arange(m, dtype=torch.int32) % 3, torch.arange(m, dtype=torch.int32) + 5
+    rows = qkv[:, :-8].double().view(m, -1, head_dim)
+    a, b, co, si = rows[..., :half], rows[..., half:], cos[position.long()][:, None].double(), sin[position.long()][:, None].double()
+    turned = torch.cat((a * co - b * si, b * co + a * si), 2)
+    for schedule in device.schedules(seeds=1):
+        arrays = {name: put(device, t, name) for name, t in (("cos", cos), ("sin", sin), ("slot", slot), ("position", position))}
+        written = {name: put(device, t, name, read_only=False) for name, t in (("qkv", qkv), ("k", k), ("v", v))}
+        op, cache = device.ops.RopeKV(), device.ops.KVCache()
+        op.m, op.heads, op.kv_heads, op.head_dim, op.dtype, op.qkv_stride = m, heads, kv_heads, head_dim, DTYPES[dtype], qkv.stride(0)
+        for name, array in (arrays | {"qkv": written["qkv"]}).items():
+            setattr(op, name, array.ptr)
+        cache.k, cache.v, cache.slot_stride, cache.head_stride = written["k"].ptr, written["v"].ptr, k.stride(0), k.stride(1)
+        op.cache = cache
+        op.run(stream=device.stream, kernel="rope_kv_sm80")
+        now, cached_k, cached_v = get(written["qkv"], qkv), get(written["k"], k), get(written["v"], v)
+        q = now[:, : heads * head_dim].double().view(m, heads, head_dim)
+        assert ((q - turned[:, :heads]).abs() <= UNIT[dtype] * turned[:, :heads].abs() + 1e-5).all(), schedule
+        assert torch.equal(now[:, heads * head_dim :], qkv[:, heads * head_dim :]), schedule
+        where, others = (slot.long(), slice(None), position.long()), torch.ones(3, length, dtype=torch.bool)
+        others[slot.long(), position.long()] = False
+        wanted = turned[:, heads : heads + kv_heads]
+        assert ((cached_k[where].double() - wanted).abs() <= 2.0**-11 * wanted.abs() + 1e-5).all(), schedule
+        assert torch.equal(cached_v[where], rows[:, heads + kv_heads :].half()), schedule
+        for old, new in ((k, cached_k), (v, cached_v)):
+            assert torch.equal(old.transpose(1, 2)[others], new.transpose(1, 2)[others]), schedule
