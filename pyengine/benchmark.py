@@ -25,8 +25,8 @@ def weight_bytes(engine: Engine) -> int:
 
 
 def kernel_names(engine: Engine) -> list[str]:
-    """The kernels that the model's linears run."""
-    return sorted({layer.kernel_name() for layer in weight_layers(engine.model)})
+    """The kernels that the model's linears run, for one token or for a chunk of a prompt."""
+    return sorted({layer.kernel_name(tokens) for layer in weight_layers(engine.model) for tokens in (1, CHUNK)})
 
 
 def peak_rss_mib() -> float:
