@@ -163,9 +163,13 @@ def roofline(threads: int) -> dict:
     return {}
 
 
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=HERE).stdout.strip()
+
+
 def save(size: str, ours: Contestant, peers: list[Contestant], args: argparse.Namespace) -> dict:
     """Add the rows to the file of this day and commit, and return its contents."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ":/", f":!{RESULTS}") else "")
     file = RESULTS / f"cpu-{time.strftime('%Y-%m-%d')}.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
     if stored.get("commit") != commit:

@@ -28,6 +28,17 @@ uint8_t code(const QLinear& op, int64_t r, int64_t c) {
   return (op.weight[r * ((op.k + 1) / 2) + c / 2] >> (c % 2 * 4)) & 15;
 }
 
+// The word of 8 inputs of 4 bits, or of 4 of 8, that canonical bytes make: input 4 + b goes above input b.
+uint32_t word(const QLinear& op, const uint8_t* from) {
+  uint32_t bytes;
+  std::memcpy(&bytes, from, 4);
+  if (op.bits == 8) return bytes;
+  const uint32_t low = bytes & 0x0f0f0f0f, high = bytes >> 4 & 0x0f0f0f0f;  // inputs 0 2 4 6 and 1 3 5 7
+  const uint32_t first = (low & 0xff) | (high & 0xff) << 8 | (low & 0xff00) << 8 | (high & 0xff00) << 16;
+  const uint32_t second = (low >> 16 & 0xff) | (high >> 16 & 0xff) << 8 | (low >> 24) << 16 | (high >> 24) << 24;
+  return first | second << 4;
+}
+
 template <class T>
 void tile(const QLinear& op, int64_t rows, const T* from, T* to, bool inverse) {
   const int64_t groups = op.k / op.group;
@@ -61,12 +72,19 @@ void pack(const QLinear& op, Layout layout, uint8_t* weight, void* scale, uint8_
   std::memset(weight, 0, bytes.weight);
   std::memset(scale, 0, bytes.scale);
   if (op.zero) std::memset(zero, 0, bytes.zero);
+  const int64_t inputs = 32 / op.bits, words = round_up(op.k, 8) / inputs, whole = op.k / 8 * 8 / inputs;
   parallel_for(round_up(op.n, rows) / rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin * rows; r < std::min(end * rows, op.n); ++r)
-      for (int64_t c = 0; c < op.k; ++c) {
+    for (int64_t r = begin * rows; r < std::min(end * rows, op.n); ++r) {
+      const uint8_t* from = op.weight + r * (op.bits == 8 ? op.k : (op.k + 1) / 2);
+      for (int64_t w = 0; w < whole; ++w) {
+        const uint32_t codes = word(op, from + 4 * w);
+        std::memcpy(weight + ((r / rows * words + w) * rows + r % rows) * 4, &codes, 4);
+      }
+      for (int64_t c = whole * inputs; c < op.k; ++c) {
         const Place p = place(op, rows, r, c);
         weight[p.byte] |= uint8_t(code(op, r, c) << p.shift);
       }
+    }
   });
   tile_all(op, rows, scale, zero, false);
 }

@@ -34,7 +34,9 @@ def load(
     if threads is not None:
         ops.set_threads(threads)
     checkpoint = open_checkpoint(model if model is not None else demo.quantized())
-    return Engine(build(checkpoint, kernel, progress), load_tokenizer(checkpoint), checkpoint)
+    engine = Engine(build(checkpoint, kernel, progress), load_tokenizer(checkpoint), checkpoint)
+    checkpoint.release()
+    return engine
 
 
 def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> torch.nn.Module:
@@ -50,7 +52,7 @@ def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> t
     blocks = []
     for i in tqdm(range(c.num_hidden_layers), desc="load", unit="block", disable=not progress, leave=False, delay=2):
         prefix = f"model.layers.{i}"
-        norms = [checkpoint.float(f"{prefix}.{name}.weight", (c.hidden_size,)).contiguous() for name in arch.NORMS]
+        norms = [checkpoint.float(f"{prefix}.{name}.weight", (c.hidden_size,)).clone() for name in arch.NORMS]  # a view would hold the file
         linears = [
             linear([weight(checkpoint, f"{prefix}.{name}", *c.linear_shape(name), c.has_bias(name)) for name in names], act_bits, kernel, site in arch.GATED)
             for site, names in arch.SITES.items()
@@ -59,7 +61,7 @@ def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> t
     table = weight(checkpoint, "model.embed_tokens", c.vocab_size, c.hidden_size)
     tied = linear([table], 16, kernel)
     head = tied if c.tie_word_embeddings else linear([weight(checkpoint, "lm_head", c.vocab_size, c.hidden_size)], 16, kernel)
-    norm = checkpoint.float("model.norm.weight", (c.hidden_size,)).contiguous()
+    norm = checkpoint.float("model.norm.weight", (c.hidden_size,)).clone()
     return arch.Model(c, Embedding(tied if isinstance(tied, Linear) else tied.weight), blocks, norm, head)
 
 

@@ -36,6 +36,7 @@ class Checkpoint:
     load      name → tensor, in the stored dtype (GGUF: float32); raises CheckpointError
     files     every file that `fingerprint` covers
     metadata  key-values of a GGUF file, which holds its tokenizer there; else empty
+    release   lets go of the files, whose mapped pages count as this process's memory; the next load opens them again
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Checkpoint:
     load: Callable[[str], Tensor]
     files: list[Path]
     metadata: dict[str, Any] = field(default_factory=dict)
+    release: Callable[[], None] = lambda: None
 
     def names(self) -> list[str]:
         """Names of all tensors, such as "model.layers.0.self_attn.q_proj.weight"."""

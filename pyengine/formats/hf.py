@@ -52,10 +52,13 @@ def read(path: Path) -> Checkpoint:
     checksums = _checksums(index)
 
     def load(name: str) -> Tensor:
-        return _load(shards[shard_of[name]], name, shapes[name], checksums.get(name))
+        shard = shard_of[name]
+        if shard not in shards:
+            shards[shard] = _open(path, shard)
+        return _load(shards[shard], name, shapes[name], checksums.get(name))
 
     files = [path / name for name in (*SIDE_FILES, INDEX, *shards) if (path / name).is_file()]
-    return Checkpoint(path, config, "hf", shapes, load, files)
+    return Checkpoint(path, config, "hf", shapes, load, files, release=shards.clear)
 
 
 def _shard_of(index: dict[str, Any]) -> dict[str, str]:
