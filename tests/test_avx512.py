@@ -1,4 +1,4 @@
-"""The AVX-512 kernels on a machine without AVX-512: built through SIMDe, then put through all of test_kernels.py."""
+"""The AVX-512 kernels on a machine without AVX-512: built through SIMDe, then put through all tests of kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def test_emulated_kernels(tmp_path):
     for command in (["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], ["cmake", "--build", build]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     module = next(tmp_path.glob("_C*.so"))
-    tests = [ROOT / "tests" / "test_kernels.py", "-k", "avx512 or packing", f"--native-module={module}", "-p", "no:cacheprovider"]
+    tests = [ROOT / "tests" / "test_kernels.py", ROOT / "tests" / "test_kv_cache.py", "-k", "avx512 or packing"]
+    tests += [f"--native-module={module}", "-p", "no:cacheprovider"]
     done = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " skipped" not in done.stdout and " passed" in done.stdout
