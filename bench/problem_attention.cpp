@@ -152,8 +152,8 @@ double Problem<RopeKV>::error(const Kernel<RopeKV>& kernel) const {
     compare(norms, &qkv[0][size_t(i * op_.qkv_stride)], &qkv[1][size_t(i * op_.qkv_stride)], op_.heads * op_.head_dim);
   const KVCache &mine = runs[0].copies[0].cache, &theirs = runs[1].copies[0].cache;
   for (size_t i = 0; i < cache_count(op_); ++i) {
-    norms.add(pe::half_to_float(mine.k[i]), pe::half_to_float(theirs.k[i]));
-    norms.add(pe::half_to_float(mine.v[i]), pe::half_to_float(theirs.v[i]));
+    for (auto member : {&KVCache::k, &KVCache::v})
+      norms.add(pe::half_to_float(static_cast<uint16_t*>(mine.*member)[i]), pe::half_to_float(static_cast<uint16_t*>(theirs.*member)[i]));
   }
   return norms.ratio();
 }

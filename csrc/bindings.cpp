@@ -140,7 +140,9 @@ void bind_elementwise(py::module_& m, py::class_<Program>& program) {
 void bind_attention(py::module_& m, py::class_<Program>& program) {
   py::class_<KVCache> cache(m, "KVCache");
   cache.def(py::init<>()).def_readwrite("slot_stride", &KVCache::slot_stride).def_readwrite("head_stride", &KVCache::head_stride);
+  cache.def_readwrite("bits", &KVCache::bits);
   pointer(cache, "k", &KVCache::k), pointer(cache, "v", &KVCache::v);
+  pointer(cache, "k_scale", &KVCache::k_scale), pointer(cache, "v_scale", &KVCache::v_scale);
   auto rope = bind<RopeKV>(m, program, "RopeKV");
   rope.def_readwrite("m", &RopeKV::m).def_readwrite("heads", &RopeKV::heads).def_readwrite("kv_heads", &RopeKV::kv_heads);
   rope.def_readwrite("head_dim", &RopeKV::head_dim).def_readwrite("qkv_stride", &RopeKV::qkv_stride).def_readwrite("cache", &RopeKV::cache);

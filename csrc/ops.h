@@ -116,15 +116,22 @@ struct SiluMul {
   float* y = nullptr;
 };
 
-// The keys and values of one layer: f16[slot][head][length][head_dim], true GQA (never repeated heads).
+// The keys and values of one layer: f16[slot][head][length][head_dim], true GQA (never repeated heads). With bits 8 they are codes
+// i8 in the same places, each worth scale · code, with a scale for each key and for each value of a head: f32[slot][head][length], whose
+// strides are those of the codes divided by head_dim. f32, for f16 would run out of digits below max|v| = 0.008 to save 3 % at head_dim 64.
 struct KVCache {
-  uint16_t* k = nullptr;
-  uint16_t* v = nullptr;
+  int bits = 16;                   // 16 or 8
+  void* k = nullptr;
+  void* v = nullptr;
+  float* k_scale = nullptr;        // with bits 8
+  float* v_scale = nullptr;
   int64_t slot_stride = 0;         // elements from one slot to the next
   int64_t head_stride = 0;         // elements from one head to the next: length · head_dim
 };
 
-// Rotates q in place and k on its way to the cache, and writes v beside it, for rows (slot, position).
+// Rotates q in place and k on its way to the cache, and writes v beside it, for rows (slot, position). What qkv holds of k afterwards
+// is the kernel's own. For a cache of 8 bits, scale = max|v| / 127 and codes are rounded to nearest even; where a head holds NaN or
+// infinity its scale is NaN, so that it stays visible, and its codes are 0.
 // qkv[m, (heads + 2·kv_heads)·head_dim]; pairs are (i, i + head_dim/2); cos, sin f32[≥ max position + 1, head_dim/2].
 struct RopeKV {
   int64_t m = 0, heads = 0, kv_heads = 0, head_dim = 0;

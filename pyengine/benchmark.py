@@ -119,6 +119,7 @@ def measure(engine: Engine, prompt: int = 512, decode: int = 128, batch: int = 1
         "prompt": prompt,
         "decode": decode,
         "batch": batch,
+        "kv_bits": cache.bits,
         "runs": runs,
         "threads": ops.threads(),
         "kernels": kernel_names(engine),

@@ -1,31 +1,45 @@
-"""The KV cache: f16 keys and values in slots, one slot a sequence, and the rows of a forward pass that read and write it."""
+"""The KV cache: keys and values in slots, one slot a sequence, and the rows of a forward pass that read and write it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import memory
-from .ops import KV_DTYPE
+from .ops import KV_DTYPES
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values, each f16[slot, kv_head, length, head_dim]; or i8, with the scales of both: f32[slot, kv_head, length]."""
+
+    k: Tensor
+    v: Tensor
+    scale: tuple[Tensor, Tensor] | None = None
 
 
 class KVCache:
-    """f16[layer, 2, slot, kv_head, length, head_dim]; true GQA, so keys are never repeated for the query heads that share them."""
+    """f16[layer, 2, slot, kv_head, length, head_dim]; true GQA, so keys are never repeated for the query heads that share them.
 
-    def __init__(self, layers: int, slots: int, kv_heads: int, length: int, head_dim: int):
-        self.slots, self.length = slots, length
-        self.data = memory.empty(layers, 2, slots, kv_heads, length, head_dim, dtype=KV_DTYPE)
-        self._views = [(layer[0], layer[1]) for layer in self.data]
+    With 8 bits these are i8 codes beside scales f32[layer, 2, slot, kv_head, length]: about half the memory.
+    """
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """(keys, values) of one layer, each f16[slot, kv_head, length, head_dim]."""
-        return self._views[index]
+    def __init__(self, layers: int, slots: int, kv_heads: int, length: int, head_dim: int, bits: int = 16):
+        self.slots, self.length, self.bits = slots, length, bits
+        shape = (layers, 2, slots, kv_heads, length)
+        self.data = memory.empty(*shape, head_dim, dtype=KV_DTYPES[bits])
+        self.scale = memory.empty(*shape) if bits == 8 else None
+        scales = [None] * layers if self.scale is None else [tuple(s) for s in self.scale]
+        self._layers = [LayerCache(*kv, scale) for kv, scale in zip(self.data, scales)]
+
+    def layer(self, index: int) -> LayerCache:
+        return self._layers[index]
 
     @property
     def nbytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
+        return sum(t.numel() * t.element_size() for t in (self.data, self.scale) if t is not None)
 
 
 @dataclass

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         if run is not inspect:
             p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
             p.add_argument("--device", default="auto", help="auto or cpu (default auto)")
-            p.add_argument("--kv-bits", type=int, default=16, help="bits of the KV cache: 16")
+            p.add_argument("--kv-bits", type=int, help="bits of the KV cache: 16 or 8 (default: what the checkpoint asks for, else 16)")
         return p
 
     p = command("generate", generate, "Complete a prompt and stream the text.")
@@ -101,6 +101,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=int, help="calibration windows (default: the method's own)")
     p.add_argument("--seq-len", type=int, help="tokens of a window (default: the method's own)")
     p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(kv_bits=16)  # recorded in the checkpoint
     p.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
 
 

@@ -19,36 +19,38 @@ from .tokenizer import load_tokenizer
 
 
 def load(
-    model: str | Path | None = None, device: str = "auto", *, threads: int | None = None, kv_bits: int = 16, kernel: str = "", progress: bool = False
+    model: str | Path | None = None, device: str = "auto", *, threads: int | None = None, kv_bits: int | None = None, kernel: str = "", progress: bool = False
 ) -> Engine:
     """Load a model for generation.
 
     model: a Hugging Face directory, a GGUF file or a PyEngine checkpoint; None is the demo model, quantized at first use.
-    device: "auto" or "cpu". kv_bits: of the KV cache, 16. threads: of our kernels and torch; None keeps the current number. kernel: forces a row of the dispatch table
-    for all quantized linears. Raises CheckpointError for a damaged or unsupported checkpoint, ValueError for wrong arguments.
+    device: "auto" or "cpu". kv_bits: of the KV cache, 16 or 8; None is what the checkpoint asks for, else 16. threads: of our kernels and
+    torch; None keeps the current number. kernel: forces a row of the dispatch table for all quantized linears. Raises CheckpointError for
+    a damaged or unsupported checkpoint, ValueError for wrong arguments.
     """
     if device not in ("auto", "cpu"):
         raise ValueError(f"device is {device!r}; this build has kernels for 'cpu' ('auto' picks it)")
-    if kv_bits != 16:
-        raise ValueError(f"kv_bits is {kv_bits}; this build has kernels for a KV cache of 16")
+    if kv_bits not in (None, 8, 16):
+        raise ValueError(f"kv_bits is {kv_bits}; the KV cache holds 16 or 8")
     if threads is not None:
         ops.set_threads(threads)
     checkpoint = open_checkpoint(model if model is not None else demo.quantized())
-    engine = Engine(build(checkpoint, kernel, progress), load_tokenizer(checkpoint), checkpoint)
+    engine = Engine(build(checkpoint, kernel, progress, kv_bits), load_tokenizer(checkpoint), checkpoint)
     checkpoint.release()
     return engine
 
 
-def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> torch.nn.Module:
-    """The model of a checkpoint, its weights packed. `kernel` as in `load`."""
+def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False, kv_bits: int | None = None) -> torch.nn.Module:
+    """The model of a checkpoint, its weights packed. `kernel` and `kv_bits` as in `load`."""
     arch = models.find(checkpoint.config)
     c = arch.Config.from_dict(checkpoint.config)
     scheme = quantization(checkpoint.config)
     act_bits = scheme.get("act_bits", 16)
     if act_bits not in (8, 16):
         raise CheckpointError(f"config.json: act_bits is {act_bits!r}, these kernels take 8 or 16")
-    if scheme.get("kv_bits", 16) != 16:
-        raise CheckpointError(f"config.json: kv_bits is {scheme['kv_bits']!r}, the KV cache holds 16")
+    asked = scheme.get("kv_bits", 16)
+    if asked not in (8, 16):
+        raise CheckpointError(f"config.json: kv_bits is {asked!r}, the KV cache holds 16 or 8")
     blocks = []
     for i in tqdm(range(c.num_hidden_layers), desc="load", unit="block", disable=not progress, leave=False, delay=2):
         prefix = f"model.layers.{i}"
@@ -62,7 +64,7 @@ def build(checkpoint: Checkpoint, kernel: str = "", progress: bool = False) -> t
     tied = linear([table], 16, kernel)
     head = tied if c.tie_word_embeddings else linear([weight(checkpoint, "lm_head", c.vocab_size, c.hidden_size)], 16, kernel)
     norm = checkpoint.float("model.norm.weight", (c.hidden_size,)).clone()
-    return arch.Model(c, Embedding(tied if isinstance(tied, Linear) else tied.weight), blocks, norm, head)
+    return arch.Model(c, Embedding(tied if isinstance(tied, Linear) else tied.weight), blocks, norm, head, asked if kv_bits is None else kv_bits)
 
 
 def weight(checkpoint: Checkpoint, name: str, n: int, k: int, bias: bool = False) -> QTensor | tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from torch import Tensor, float32, int32, int64, uint8
 
 from . import _C, memory
 
-KV_DTYPE = torch.float16
+KV_DTYPES = {16: torch.float16, 8: torch.int8}  # of the KV cache, by its bits
 
 
 class Program:
@@ -110,46 +110,56 @@ def silu_mul(x: Tensor, out: Tensor | None = None, kernel: str = "", program: Pr
     return out
 
 
-def _cache(k: Tensor, v: Tensor) -> _C.KVCache:
-    """k, v f16[slots, kv_heads, length, head_dim] of one layer."""
+def _cache(name: str, k: Tensor, v: Tensor, kv_scale: tuple[Tensor, Tensor] | None) -> _C.KVCache:
+    """k, v f16[slots, kv_heads, length, head_dim] of one layer; or i8, with kv_scale: theirs, f32[slots, kv_heads, length]."""
+    slots, kv_heads, length, head_dim = k.shape
     cache = _C.KVCache()
+    cache.bits = 16 if kv_scale is None else 8
+    for label, t in (("k cache", k), ("v cache", v)):
+        check(t, f"{name}: {label}", KV_DTYPES[cache.bits], (slots, kv_heads, length, head_dim))
+        if t.stride(2) != head_dim or t.stride() != k.stride():
+            raise ValueError(f"{name}: {label} must have contiguous heads, laid out as the other one")
+    for label, t in zip(("k scale", "v scale"), kv_scale or ()):
+        check(t, f"{name}: {label}", float32, (slots, kv_heads, length))
+        if tuple(stride * head_dim for stride in t.stride()) != k.stride()[:3]:
+            raise ValueError(f"{name}: {label} must be laid out as the cache, a scale for every {head_dim} codes")
     cache.k, cache.v = k.data_ptr(), v.data_ptr()
     cache.slot_stride, cache.head_stride = k.stride(0), k.stride(1)
+    if kv_scale is not None:
+        cache.k_scale, cache.v_scale = (t.data_ptr() for t in kv_scale)
     return cache
 
 
-def _check_rows(name: str, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, m: int) -> None:
-    slots, kv_heads, length, head_dim = k.shape
-    for label, t in (("k cache", k), ("v cache", v)):
-        check(t, f"{name}: {label}", KV_DTYPE, (slots, kv_heads, length, head_dim))
-        if t.stride(2) != head_dim or t.stride() != k.stride():
-            raise ValueError(f"{name}: {label} must have contiguous heads, laid out as the other one")
+def _check_rows(name: str, slot: Tensor, position: Tensor, m: int) -> None:
     _contiguous(slot, f"{name}: slot", int32, (m,))
     _contiguous(position, f"{name}: position", int32, (m,))
 
 
-def rope_kv(qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, heads: int, kernel: str = "", program: Program | None = None) -> None:
+def rope_kv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, heads: int,
+    kv_scale: tuple[Tensor, Tensor] | None = None, kernel: str = "", program: Program | None = None,
+) -> None:  # fmt: skip
     """Turn q of qkv f32[m, (heads + 2·kv_heads)·head_dim] in place; write turned k and v to the cache (see `_cache`) at (slot, position) i32[m].
 
     cos, sin f32[length, head_dim/2]. The caller keeps slots and positions within the cache (`Batch` checks them).
     """
     m, kv_heads, head_dim = qkv.shape[0], k.shape[1], k.shape[3]
-    _check_rows("rope_kv", k, v, slot, position, m)
+    _check_rows("rope_kv", slot, position, m)
     op = _C.RopeKV()
     op.m, op.heads, op.kv_heads, op.head_dim = m, heads, kv_heads, head_dim
     op.qkv = check(qkv, "rope_kv: qkv", float32, (m, (heads + 2 * kv_heads) * head_dim)).data_ptr()
     op.qkv_stride = qkv.stride(0)
     op.cos = _contiguous(cos, "rope_kv: cos", float32, (cos.shape[0], head_dim // 2)).data_ptr()
     op.sin = _contiguous(sin, "rope_kv: sin", float32, (cos.shape[0], head_dim // 2)).data_ptr()
-    op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache(k, v)
-    go(op, kernel, program, qkv, cos, sin, k, v, slot, position)
+    op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache("rope_kv", k, v, kv_scale)
+    go(op, kernel, program, qkv, cos, sin, k, v, kv_scale, slot, position)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, scale: float, out: Tensor | None = None, exact: bool = False,
-    kernel: str = "", program: Program | None = None,
+    kv_scale: tuple[Tensor, Tensor] | None = None, kernel: str = "", program: Program | None = None,
 ) -> Tensor:  # fmt: skip
-    """q f32[m, heads·head_dim] over the cache: row i sees positions 0…position[i] of slot[i] → f32[m, heads·head_dim].
+    """q f32[m, heads·head_dim] over the cache (see `_cache`): row i sees positions 0…position[i] of slot[i] → f32[m, heads·head_dim].
 
     `exact` keeps to f32 where bf16 would be quicker.
     """
@@ -157,14 +167,14 @@ def attention(
     heads = q.shape[1] // head_dim
     if heads % kv_heads or heads * head_dim != q.shape[1]:
         raise ValueError(f"attention: q has {q.shape[1]} features, expected a multiple of {kv_heads} heads of {head_dim}")
-    _check_rows("attention", k, v, slot, position, m)
+    _check_rows("attention", slot, position, m)
     out = q.new_empty(m, heads * head_dim) if out is None else out
     op = _C.Attention()
     op.m, op.heads, op.kv_heads, op.head_dim, op.scale, op.exact = m, heads, kv_heads, head_dim, scale, exact
     op.q, op.q_stride = check(q, "attention: q", float32, (m, heads * head_dim)).data_ptr(), q.stride(0)
     op.y, op.y_stride = check(out, "attention: out", float32, (m, heads * head_dim)).data_ptr(), out.stride(0)
-    op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache(k, v)
-    go(op, kernel, program, q, k, v, slot, position, out, memory.workspace(op))
+    op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache("attention", k, v, kv_scale)
+    go(op, kernel, program, q, k, v, kv_scale, slot, position, out, memory.workspace(op))
     return out
 
 

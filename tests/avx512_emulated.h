@@ -89,7 +89,12 @@ inline simde__m512 cvtepi32_ps(simde__m512i v) {
 inline simde__m512i cvtepu16_epi32(__m256i v) {
   return by_halves<simde__m512i, __m128i>(v, [](__m128i h) { return _mm256_cvtepu16_epi32(h); });
 }
-inline simde__m512i cvtepu8_epi32(__m128i v) { return copy_bits<simde__m512i>(Halves<__m256i>{{_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))}}); }
+inline simde__m512i cvtepi8_epi32(__m128i v) {
+  return copy_bits<simde__m512i>(Halves<__m256i>{{_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))}});
+}
+inline simde__m512i cvtepu8_epi32(__m128i v) {
+  return copy_bits<simde__m512i>(Halves<__m256i>{{_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))}});
+}
 inline __m128i cvtepi32_epi8(simde__m512i v) {
   const Lanes<uint32_t, simde__m512i> from(v);
   Lanes<uint8_t, __m128i> out;
@@ -112,8 +117,9 @@ inline simde__m512i dpbusd(simde__m512i sum, simde__m512i a, simde__m512i b) {
   const auto total = copy_bits<Halves<__m256i>>(sum), u = copy_bits<Halves<__m256i>>(a), s = copy_bits<Halves<__m256i>>(b);
   Halves<__m256i> out;
   for (int i = 0; i < 2; ++i) {
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u.at[i], _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(s.at[i], 8), 8));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u.at[i], 8), _mm256_srai_epi16(s.at[i], 8));
+    const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(s.at[i], 8), 8), high = _mm256_srai_epi16(s.at[i], 8);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u.at[i], _mm256_set1_epi16(255)), low);
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u.at[i], 8), high);
     out.at[i] = _mm256_add_epi32(total.at[i], _mm256_add_epi32(even, odd));
   }
   return copy_bits<simde__m512i>(out);
@@ -213,6 +219,7 @@ inline thread_local Tiles tile;
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
 #define _mm512_srai_epi32 emulated::srai

@@ -95,6 +95,21 @@ def test_activations_in_8_bits_stay_close(run, stories, tmp_path, data):
     assert found[0] != found[1] and abs(found[0] - found[1]) < 0.05
 
 
+def test_a_kv_cache_of_8_bits_by_option_and_by_checkpoint(run, quantized, stories, tmp_path, data):
+    text = tmp_path / "text"
+    text.write_text((data / "wikitext2_test.txt").read_text()[:3000])
+    asks = tmp_path / "asks"
+    assert run("quantize", stories, asks, "--method", "rtn", "--kv-bits", 8)[0] == 0
+    assert json.loads(run("inspect", asks, "--json")[1])["quantization"]["kv_bits"] == 8
+    for model, option, expected in ((quantized, (), 16), (quantized, ("--kv-bits", 8), 8), (asks, (), 8), (asks, ("--kv-bits", 16), 16)):
+        _, out, _ = run("bench", model, "--prompt", 20, "--decode", 2, "--runs", 1, *option, "--json")
+        assert json.loads(out)["kv_bits"] == expected
+    found = [json.loads(run("eval", quantized, "--text", text, "--context", 256, "--kv-bits", bits, "--json")[1])["nll"] for bits in (16, 8)]
+    assert found[0] != found[1] and abs(found[0] - found[1]) < 0.02
+    code, out, _ = run("generate", quantized, "-p", "Once upon a time", "-n", 20, "--kv-bits", 8, "--json")
+    assert code == 0 and json.loads(out)["tokens"] == 20
+
+
 def test_wrong_usage_is_exit_code_2():
     for arguments in ([], ["generate"], ["generate", "-p", "x", "--top-k", "many"], ["eval", "m"], ["fly"]):
         with pytest.raises(SystemExit) as caught:
@@ -197,7 +212,8 @@ def test_bad_prompts_texts_and_options(run, quantized, stories, tmp_path):
     assert "limit is 0" in fails(run, "eval", quantized, "--tasks", bad, "--limit", 0)
     assert "limit_tokens is -3" in fails(run, "eval", quantized, "--text", stories / "config.json", "--limit-tokens", -3)
     assert "device is 'cuda'" in fails(run, "generate", quantized, "-p", "a", "--device", "cuda")
-    assert "kv_bits is 8" in fails(run, "generate", quantized, "-p", "a", "--kv-bits", 8)
+    assert "kv_bits is 4; the KV cache holds 16 or 8" in fails(run, "generate", quantized, "-p", "a", "--kv-bits", 4)
+    assert "kv_bits is 4, expected one of 8, 16" in fails(run, "quantize", stories, tmp_path / "out", "--kv-bits", 4)
     assert "quantized already" in fails(run, "quantize", quantized, tmp_path / "twice")
     assert "context is 513, expected 2 to 512" in fails(run, "eval", quantized, "--text", stories / "config.json", "--context", 513)
     assert "temperature is -1.0" in fails(run, "generate", quantized, "-p", "a", "--temperature", -1)

@@ -1,4 +1,4 @@
-// Attention of rows (slot, position) over the f16 KV cache, with online softmax. A task is one KV head and up to kRows rows; the query
+// Attention of rows (slot, position) over the KV cache, with online softmax. A task is one KV head and up to kRows rows; the query
 // heads that share the KV head are handled together, so the cache is read once for all of them.
 //
 // Many queries (prefill): a lane is a query. q is transposed once; then every key costs head_dim multiply-adds with a broadcast element
@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kRows = 32;     // rows of a task: a few tasks for each thread from 64 tokens on
 constexpr int64_t kKeys = 32;     // keys between two rescalings of the sums
 
-template <class V>
+template <class V, class T>  // T: what the cache holds
 struct AttentionTask {
   using F = typename V::F;
   static constexpr int64_t lanes = V::lanes;
@@ -23,8 +23,7 @@ struct AttentionTask {
   int64_t head, first, rows;   // KV head; rows first … first + rows, all of one slot with ascending positions
   int64_t share, queries;      // query heads of a KV head; share · rows
 
-  const uint16_t* keys() const { return op.cache.k + op.slot[first] * op.cache.slot_stride + head * op.cache.head_stride; }
-  const uint16_t* values() const { return op.cache.v + op.slot[first] * op.cache.slot_stride + head * op.cache.head_stride; }
+  CachedHead<T> cached() const { return {op, first, head}; }
   int64_t row_of(int64_t query) const { return first + query / share; }
   const float* q_of(int64_t query) const { return op.q + row_of(query) * op.q_stride + (head * share + query % share) * op.head_dim; }
   float* y_of(int64_t query) const { return op.y + row_of(query) * op.y_stride + (head * share + query % share) * op.head_dim; }
@@ -40,19 +39,22 @@ struct AttentionTask {
       for (int64_t c = 0; c < d; ++c) q[c * lanes + j] = q_of(query)[c] * op.scale, out[c * lanes + j] = 0.0f;
     }
     const F limit = V::load(position);
+    const CachedHead<T> cache = cached();
     F top = V::set(kNever), sum = V::zero();
     const int64_t length = op.position[row_of(start + count - 1)] + 1;
     for (int64_t begin = 0; begin < length; begin += kKeys) {
       const int64_t end = begin + kKeys < length ? begin + kKeys : length;
       F highest = top;
       for (int64_t t = begin; t < end; ++t) {
-        widen<V>(keys() + t * d, element, d);
+        widen<V>(cache.keys + t * d, element, d);
         F s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // four chains hide the latency of the sum
         int64_t c = 0;
         for (; c + 4 <= d; c += 4)
           for (int j = 0; j < 4; ++j) s[j] = V::fma(V::load(q + (c + j) * lanes), V::set(element[c + j]), s[j]);
         for (; c < d; ++c) s[0] = V::fma(V::load(q + c * lanes), V::set(element[c]), s[0]);
-        const F v = V::where_reaches(limit, V::set(float(t)), V::add(V::add(s[0], s[1]), V::add(s[2], s[3])), V::set(kNever));
+        F v = V::add(V::add(s[0], s[1]), V::add(s[2], s[3]));
+        if constexpr (kScaled<T>) v = V::mul(v, V::set(cache.key_scale[t]));
+        v = V::where_reaches(limit, V::set(float(t)), v, V::set(kNever));
         V::store(score + (t - begin) * lanes, v);
         highest = V::max(highest, v);
       }
@@ -61,8 +63,8 @@ struct AttentionTask {
       for (int64_t t = begin; t < end; ++t) {
         // A masked score stays far below any maximum, but exp() clamps at e^-87: set its weight to zero outright.
         const F p = V::where_reaches(limit, V::set(float(t)), exp<V>(V::sub(V::load(score + (t - begin) * lanes), top)), V::zero());
-        V::store(score + (t - begin) * lanes, p);
         sum = V::add(sum, p);
+        V::store(score + (t - begin) * lanes, kScaled<T> ? V::mul(p, V::set(cache.value_scale[t])) : p);
       }
       accumulate(begin, end, shrink, score, out);
     }
@@ -75,6 +77,7 @@ struct AttentionTask {
   // out = out · shrink + Σ score · value over keys begin … end, four keys for each pass over out.
   void accumulate(int64_t begin, int64_t end, F shrink, const float* score, float* out) const {
     const int64_t d = op.head_dim;
+    const T* values = cached().values;
     alignas(64) float value[4][kHeadDim];
     for (int64_t c = 0; c < d; ++c) V::store(out + c * lanes, V::mul(V::load(out + c * lanes), shrink));
     for (int64_t t = begin; t < end; t += 4) {
@@ -82,7 +85,7 @@ struct AttentionTask {
       for (int64_t j = 0; j < 4; ++j) {
         const bool real = t + j < end;
         p[j] = real ? V::load(score + (t + j - begin) * lanes) : V::zero();
-        widen<V>(values() + (real ? t + j : t) * d, value[j], d);
+        widen<V>(values + (real ? t + j : t) * d, value[j], d);
       }
       for (int64_t c = 0; c < d; ++c) {
         F v = V::load(out + c * lanes);
@@ -98,7 +101,7 @@ struct AttentionTask {
       return;
     }
     for (int64_t row = first; row < first + rows; ++row)
-      for (int64_t h = 0; h < share; h += kTogether) Heads{op, row, head, h}.run<V>();
+      for (int64_t h = 0; h < share; h += kTogether) Heads{op, row, head, h}.template run<V, T>();
   }
 };
 
@@ -121,9 +124,14 @@ void attention_tasks(const Attention& op) {
   });
 }
 
+template <class V, class T>
+void attention_over(const Attention& op) {
+  op.m < kFewRows ? attention_decode<V, T>(op) : attention_tasks<AttentionTask<V, T>, kRows>(op);
+}
+
 template <class V>
 void attention(const Attention& op, void*) {
-  op.m < kFewRows ? attention_decode<V>(op) : attention_tasks<AttentionTask<V>, kRows>(op);
+  op.cache.bits == 8 ? attention_over<V, int8_t>(op) : attention_over<V, uint16_t>(op);
 }
 
 }  // namespace

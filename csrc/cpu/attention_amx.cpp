@@ -25,7 +25,11 @@ F exp2(F v) {
   return V::mul(p, V::exp2i(n));
 }
 
-struct AttentionTiles : AttentionTask<V> {
+template <class T>
+struct AttentionTiles : AttentionTask<V, T> {
+  using Base = AttentionTask<V, T>;
+  using Base::op, Base::queries, Base::cached, Base::row_of, Base::q_of, Base::y_of;
+
   // What the queries of a group share, and their state; on the stack of the thread.
   struct Scratch {
     alignas(64) uint16_t key[kBlockKeys / 16][kHeadDim / 32][Amx::elements];    // left operands: 16 keys × 32 elements
@@ -55,21 +59,28 @@ struct AttentionTiles : AttentionTask<V> {
     for (int64_t c = 0; c < elements(); ++c) V::store(s.out[block][c], V::zero());
   }
 
+  // 16 elements of a key or value.
+  static F number(const T* p, const float* scale, int64_t t) {
+    return kScaled<T> ? V::mul(V::widen(p), V::set(scale[t])) : V::widen(p);
+  }
+
   // Keys and values begin … end as bf16 tiles; zeros up to a whole number of 32 keys, since what follows `end` may be anything.
   void load_keys(Scratch& s, int64_t begin, int64_t end) const {
     const int64_t d = elements(), count = end - begin;
+    const CachedHead<T> from = cached();
     for (int64_t t = 0; t < (count + 31) / 32 * 32; ++t)
       for (int64_t c = 0; c < d; c += 32) {
-        const uint16_t* k = keys() + (begin + t) * d + c;
-        const __m512i row = t < count ? Amx::round(V::load_half(k), V::load_half(k + 16)) : V::zero_int();
+        const T* k = from.keys + (begin + t) * d + c;
+        const __m512i row = t < count ? Amx::round(number(k, from.key_scale, begin + t), number(k + 16, from.key_scale, begin + t)) : V::zero_int();
         _mm512_store_si512(s.key[t / 16][c / 32] + t % 16 * 32, row);
       }
     for (int64_t t = 0; t < count; t += 32)
       for (int64_t c = 0; c < d; c += 16) {
         F pair[16];
         for (int64_t p = 0; p < 16; ++p) {
-          const uint16_t* v = values() + (begin + t + 2 * p) * d + c;
-          const F low = t + 2 * p < count ? V::load_half(v) : V::zero(), high = t + 2 * p + 1 < count ? V::load_half(v + d) : V::zero();
+          const int64_t at = begin + t + 2 * p;
+          const T* v = from.values + at * d + c;
+          const F low = at < end ? number(v, from.value_scale, at) : V::zero(), high = at + 1 < end ? number(v + d, from.value_scale, at + 1) : V::zero();
           pair[p] = _mm512_castsi512_ps(Amx::pairs(low, high));
         }
         V::transpose(pair);
@@ -161,7 +172,7 @@ struct AttentionTiles : AttentionTask<V> {
   }
 
   void run() const {
-    if (queries < 16) return AttentionTask<V>::run();
+    if (queries < 16) return Base::run();
     Amx::begin();
     for (int64_t start = 0; start < queries; start += 16 * kGroup) group(start);
     Amx::end();
@@ -174,7 +185,9 @@ const char* refuses(const Attention& op) {
   return op.m < kFewRows ? "fewer than 16 rows, which need no matrix unit" : attention_refuses(op);
 }
 
-void attention_amx(const Attention& op, void*) { attention_tasks<AttentionTiles, kTaskRows>(op); }
+void attention_amx(const Attention& op, void*) {
+  op.cache.bits == 8 ? attention_tasks<AttentionTiles<int8_t>, kTaskRows>(op) : attention_tasks<AttentionTiles<uint16_t>, kTaskRows>(op);
+}
 
 const Row<Attention> row{{"attention_amx", Device::cpu, Arch::amx, 4, Layout::canonical, refuses, attention_amx}};
 

@@ -1,4 +1,5 @@
-// The small ops of a block: RMSNorm, SiLU·mul, RoPE with the write to the KV cache. Each reads its row once or twice from L1.
+// The small ops of a block: RMSNorm, SiLU·mul, RoPE with the write to the KV cache. Each reads its row once or twice from L1. And the
+// quantizer of everything that gets its codes at run time: activations, keys and values.
 #pragma once
 
 #include "cpu/threads.h"
@@ -23,6 +24,38 @@ typename V::F exp(typename V::F v) {
 }
 
 inline const char* rmsnorm_refuses(const RmsNorm& op) { return op.residual ? "adds no residual: qlinear does" : nullptr; }
+
+template <class V>
+void store_codes(int8_t* to, typename V::I code, int count) {
+  if (count == V::lanes) return V::store_bytes(to, code);
+  alignas(64) int8_t tail[V::lanes];
+  V::store_bytes(tail, code);
+  __builtin_memcpy(to, tail, size_t(count));
+}
+
+// Codes of x[count], which share a scale: in −127…127, or for two planes in ±(256·127 + 127), whose low byte is a signed plane of its
+// own. Returns the scale; NaN, and codes of 0, if an input is NaN or infinite.
+template <class V, int planes>
+float quantize_group(const float* x, int64_t n, int8_t* const (&code)[planes]) {
+  using F = typename V::F;
+  F top = V::zero(), broken = V::zero();  // broken turns NaN with the first NaN or infinity, which max() may lose
+  for (int64_t c = 0; c < n; c += V::lanes) {
+    const F v = V::load(x + c, int(n - c < V::lanes ? n - c : V::lanes));
+    top = V::max(top, V::abs(v)), broken = V::fma(v, V::zero(), broken);
+  }
+  constexpr float most = planes == 1 ? 127.0f : 256.0f * 127.0f + 127.0f;
+  const float scale = V::largest(top) / most + V::sum(broken);
+  const F inverse = V::set(scale > 0 ? 1.0f / scale : 0.0f), limit = V::set(most);
+  for (int64_t c = 0; c < n; c += V::lanes) {
+    const int count = int(n - c < V::lanes ? n - c : V::lanes);
+    const F v = V::round(V::mul(V::load(x + c, count), inverse));
+    // In this order NaN, the second operand, gets through: as an int it is −2^31, whose low bytes are 0.
+    const auto i = V::to_int(V::max(V::sub(V::zero(), limit), V::min(limit, v)));
+    store_codes<V>(code[0] + c, planes == 1 ? i : V::high_byte(i), count);
+    if constexpr (planes == 2) store_codes<V>(code[1] + c, i, count);
+  }
+  return scale;
+}
 
 template <class V>
 void rmsnorm(const RmsNorm& op, void*) {
@@ -94,15 +127,29 @@ struct RopeRow {
     const int64_t d = op.head_dim;
     float* row = op.qkv + i * op.qkv_stride;
     for (int64_t h = 0; h < op.heads; ++h) turn(row + h * d, row + h * d, nullptr);
-    const int64_t base = op.slot[i] * op.cache.slot_stride + op.position[i] * d;
     for (int64_t h = 0; h < op.kv_heads; ++h) {
-      turn(row + (op.heads + h) * d, nullptr, op.cache.k + base + h * op.cache.head_stride);
-      const float* v = row + (op.heads + op.kv_heads + h) * d;
-      uint16_t* to = op.cache.v + base + h * op.cache.head_stride;
-      int64_t c = 0;
-      for (; c + V::lanes <= d; c += V::lanes) V::store_half(to + c, V::load(v + c));
-      for (; c < d; ++c) to[c] = V::half(v[c]);
+      const int64_t at = op.slot[i] * op.cache.slot_stride + h * op.cache.head_stride + op.position[i] * d;
+      float* k = row + (op.heads + h) * d;
+      const float* v = k + op.kv_heads * d;
+      op.cache.bits == 8 ? write_codes(k, v, at) : write_halves(k, v, at);
     }
+  }
+
+  // To element `at` of the cache.
+  void write_codes(float* k, const float* v, int64_t at) const {
+    const int64_t d = op.head_dim;
+    turn(k, k, nullptr);
+    op.cache.k_scale[at / d] = quantize_group<V, 1>(k, d, {static_cast<int8_t*>(op.cache.k) + at});
+    op.cache.v_scale[at / d] = quantize_group<V, 1>(v, d, {static_cast<int8_t*>(op.cache.v) + at});
+  }
+
+  void write_halves(const float* k, const float* v, int64_t at) const {
+    const int64_t d = op.head_dim;
+    turn(k, nullptr, static_cast<uint16_t*>(op.cache.k) + at);
+    uint16_t* to = static_cast<uint16_t*>(op.cache.v) + at;
+    int64_t c = 0;
+    for (; c + V::lanes <= d; c += V::lanes) V::store_half(to + c, V::load(v + c));
+    for (; c < d; ++c) to[c] = V::half(v[c]);
   }
 };
 

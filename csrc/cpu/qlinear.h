@@ -81,33 +81,12 @@ struct QLinearTile {
   int8_t* code_row(int plane, int64_t i) const { return x_code + (plane * m + i) * k8; }
   int32_t& code_sum(int plane, int64_t i, int64_t g) const { return static_cast<int32_t*>(x_sum)[(plane * m + i) * groups + g]; }
 
-  // The codes of inputs begin … end, which share a scale: in −127…127, or for two planes in ±(256·127 + 127), whose low byte is a
-  // signed plane of its own. Returns the scale; NaN if an input is NaN or infinite.
+  // The codes of inputs begin … end, which share a scale; returns it.
   template <int planes>
   float quantize(int64_t i, int64_t begin, int64_t end) const {
-    const float* x = x_row(i);
-    F top = V::zero(), broken = V::zero();  // broken turns NaN with the first NaN or infinity, which max() may lose
-    for (int64_t c = begin; c < end; c += V::lanes) {
-      const F v = V::load(x + c, int(end - c < V::lanes ? end - c : V::lanes));
-      top = V::max(top, V::abs(v)), broken = V::fma(v, V::zero(), broken);
-    }
-    constexpr float most = planes == 1 ? 127.0f : 256.0f * 127.0f + 127.0f;
-    const float scale = V::largest(top) / most;
-    const F inverse = V::set(scale > 0 ? 1.0f / scale : 0.0f), limit = V::set(most);
-    for (int64_t c = begin; c < end; c += V::lanes) {
-      const int count = int(end - c < V::lanes ? end - c : V::lanes);
-      const I v = V::to_int(V::max(V::min(V::round(V::mul(V::load(x + c, count), inverse)), limit), V::sub(V::zero(), limit)));
-      store_codes(code_row(0, i) + c, planes == 1 ? v : V::high_byte(v), count);
-      if (planes == 2) store_codes(code_row(1, i) + c, v, count);
-    }
-    return scale + V::sum(broken);
-  }
-
-  static void store_codes(int8_t* to, I code, int count) {
-    if (count == V::lanes) return V::store_bytes(to, code);
-    alignas(64) int8_t tail[16];
-    V::store_bytes(tail, code);
-    __builtin_memcpy(to, tail, size_t(count));
+    int8_t* code[planes];
+    for (int p = 0; p < planes; ++p) code[p] = code_row(p, i) + begin;
+    return quantize_group<V, planes>(x_row(i) + begin, end - begin, code);
   }
 
   template <int planes>

@@ -28,28 +28,28 @@ struct Weights {
   }
 };
 
-// A token as the dense part sees it: code[k] and their scale for act_bits 8, else x itself and 1.
-struct Token {
+// What scale · code stands for: an activation's token with act_bits 8, or a head's key or value in a cache of 8 bits.
+struct Codes {
   std::vector<int> code;
   float scale = 1;
-
-  Token(const QLinear& op, const float* x) {
-    if (op.act_bits != 8) return;
-    float top = 0;
-    for (int64_t c = 0; c < op.k; ++c) {
-      if (!std::isfinite(x[c])) {
-        scale = NAN, code.assign(size_t(op.k), 0);
-        return;
-      }
-      top = std::max(top, std::fabs(x[c]));
-    }
-    scale = top / 127.0f;
-    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (int64_t c = 0; c < op.k; ++c) code.push_back(int(std::clamp(std::nearbyint(x[c] * inverse), -127.0f, 127.0f)));
-  }
 };
 
-double dot(const Weights& w, const Token& token, const float* x, int64_t r) {
+Codes quantize(const float* x, int64_t n) {
+  float top = 0;
+  for (int64_t c = 0; c < n; ++c) {
+    if (!std::isfinite(x[c])) return {std::vector<int>(size_t(n)), NAN};
+    top = std::max(top, std::fabs(x[c]));
+  }
+  Codes out{{}, top / 127.0f};
+  const float inverse = out.scale > 0 ? 1.0f / out.scale : 0.0f;
+  for (int64_t c = 0; c < n; ++c) {
+    const float v = std::nearbyint(x[c] * inverse);  // NaN for 0 · infinity, beside values of 1e-37 alone
+    out.code.push_back(std::isnan(v) ? 0 : int(std::clamp(v, -127.0f, 127.0f)));
+  }
+  return out;
+}
+
+double dot(const Weights& w, const Codes& token, const float* x, int64_t r) {
   const QLinear& op = w.op;
   double total = 0;
   for (int64_t g = 0; g < op.k / op.group; ++g) {
@@ -68,7 +68,7 @@ double dot(const Weights& w, const Token& token, const float* x, int64_t r) {
   return total * token.scale;
 }
 
-double output(const Weights& w, const Token& token, const float* x, int64_t r) {
+double output(const Weights& w, const Codes& token, const float* x, int64_t r) {
   const QLinear& op = w.op;
   double y = dot(w, token, x, r);
   if (op.outlier_row)
@@ -81,7 +81,7 @@ void qlinear(const QLinear& op, void*) {
   const int64_t columns = op.gated ? op.n / 2 : op.n;
   for (int64_t i = 0; i < op.m; ++i) {
     const float* x = op.x + i * op.x_stride;
-    const Token token(op, x);
+    const Codes token = op.act_bits == 8 ? quantize(x, op.k) : Codes{};
     parallel_for(columns, 16, [&](int64_t from, int64_t to) {
       for (int64_t r = from; r < to; ++r) {
         double y = output(w, token, x, r);
@@ -115,6 +115,22 @@ void silu_mul(const SiluMul& op, void*) {
     }
 }
 
+// Element `at` of the keys or values of a cache, and the write of a head's d elements from there on.
+double cached(const KVCache& cache, const void* from, const float* scale, int64_t at, int64_t d) {
+  if (cache.bits == 8) return double(static_cast<const int8_t*>(from)[at]) * scale[at / d];
+  return half_to_float(static_cast<const uint16_t*>(from)[at]);
+}
+
+void write(const KVCache& cache, const float* x, void* to, float* scale, int64_t at, int64_t d) {
+  if (cache.bits == 8) {
+    const Codes codes = quantize(x, d);
+    scale[at / d] = codes.scale;
+    for (int64_t c = 0; c < d; ++c) static_cast<int8_t*>(to)[at + c] = int8_t(codes.code[size_t(c)]);
+  } else {
+    for (int64_t c = 0; c < d; ++c) static_cast<uint16_t*>(to)[at + c] = float_to_half(x[c]);
+  }
+}
+
 void rope_kv(const RopeKV& op, void*) {
   const int64_t d = op.head_dim, half = d / 2;
   for (int64_t i = 0; i < op.m; ++i) {
@@ -126,12 +142,12 @@ void rope_kv(const RopeKV& op, void*) {
         const double first = a * cos - b * sin, second = b * cos + a * sin;
         a = float(first), b = float(second);
       }
-    for (int64_t h = 0; h < op.kv_heads; ++h)
-      for (int64_t c = 0; c < d; ++c) {
-        const int64_t to = op.slot[i] * op.cache.slot_stride + h * op.cache.head_stride + op.position[i] * d + c;
-        op.cache.k[to] = float_to_half(row[(op.heads + h) * d + c]);
-        op.cache.v[to] = float_to_half(row[(op.heads + op.kv_heads + h) * d + c]);
-      }
+    for (int64_t h = 0; h < op.kv_heads; ++h) {
+      const int64_t at = op.slot[i] * op.cache.slot_stride + h * op.cache.head_stride + op.position[i] * d;
+      const float* k = row + (op.heads + h) * d;
+      write(op.cache, k, op.cache.k, op.cache.k_scale, at, d);
+      write(op.cache, k + op.kv_heads * d, op.cache.v, op.cache.v_scale, at, d);
+    }
   }
 }
 
@@ -145,14 +161,14 @@ void attention(const Attention& op, void*) {
       double top = -INFINITY, sum = 0;
       for (int64_t t = 0; t < length; ++t) {
         double s = 0;
-        for (int64_t c = 0; c < d; ++c) s += double(op.q[i * op.q_stride + h * d + c]) * half_to_float(op.cache.k[base + t * d + c]);
+        for (int64_t c = 0; c < d; ++c) s += double(op.q[i * op.q_stride + h * d + c]) * cached(op.cache, op.cache.k, op.cache.k_scale, base + t * d + c, d);
         score[size_t(t)] = s * op.scale;
         top = std::max(top, score[size_t(t)]);
       }
       for (int64_t t = 0; t < length; ++t) {
         const double p = std::exp(score[size_t(t)] - top);
         sum += p;
-        for (int64_t c = 0; c < d; ++c) out[size_t(c)] += p * half_to_float(op.cache.v[base + t * d + c]);
+        for (int64_t c = 0; c < d; ++c) out[size_t(c)] += p * cached(op.cache, op.cache.v, op.cache.v_scale, base + t * d + c, d);
       }
       for (int64_t c = 0; c < d; ++c) op.y[i * op.y_stride + h * d + c] = float(out[size_t(c)] / sum);
     }

@@ -20,8 +20,8 @@ rope_kv_kernel(const __grid_constant__ RopeKV op) {
   const int kv_head = max(head - int(op.heads), 0) % int(op.kv_heads);
   const bool is_q = head < op.heads, is_v = head >= op.heads + op.kv_heads;
   T* from = reinterpret_cast<T*>(op.qkv) + i * op.qkv_stride + int64_t(head) * d;
-  uint16_t* cache = is_v ? op.cache.v : op.cache.k;
-  __half* to = reinterpret_cast<__half*>(cache) + op.slot[i] * op.cache.slot_stride + kv_head * op.cache.head_stride + int64_t(op.position[i]) * d;
+  void* cache = is_v ? op.cache.v : op.cache.k;
+  __half* to = static_cast<__half*>(cache) + op.slot[i] * op.cache.slot_stride + kv_head * op.cache.head_stride + int64_t(op.position[i]) * d;
   for (int c = threadIdx.x % 32 * 8; c < half; c += 32 * 8) {
     float a[8], b[8];
     load8(from + c, a);
@@ -44,6 +44,7 @@ rope_kv_kernel(const __grid_constant__ RopeKV op) {
 }
 
 const char* refuses(const RopeKV& op) {
+  if (op.cache.bits != 16) return "writes a cache of 16 bits";
   if (op.head_dim % 16) return "head_dim is no multiple of 16";
   if (op.qkv_stride % 8 || op.cache.slot_stride % 8 || op.cache.head_stride % 8) return "a stride is no multiple of 8";
   for (const void* p : {static_cast<const void*>(op.qkv), static_cast<const void*>(op.cos), static_cast<const void*>(op.sin),

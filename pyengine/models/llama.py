@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import memory, ops
-from ..cache import Batch, KVCache
+from ..cache import Batch, KVCache, LayerCache
 from ..errors import CheckpointError
 from ..layers import Dense, Embedding
 
@@ -188,14 +188,16 @@ class Block(nn.Module):
         self.qkv, self.o, self.gate_up, self.down = linears
         self.exact = isinstance(self.qkv, Dense)  # who runs float weights wants float results
 
-    def forward(self, rows: Rows, kv: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], program: ops.Program | None) -> None:
+    def forward(self, rows: Rows, kv: LayerCache, rope: tuple[Tensor, Tensor], program: ops.Program | None) -> None:
         """Updates rows.x in place, now or whenever `program` runs."""
         c = self.config
         ops.rms_norm(rows.x, self.attention_norm, c.rms_norm_eps, out=rows.h, program=program)
         self.qkv(rows.h, out=rows.qkv, program=program)
-        ops.rope_kv(rows.qkv, *rope, *kv, rows.slot, rows.position, c.num_attention_heads, program=program)
+        ops.rope_kv(rows.qkv, *rope, kv.k, kv.v, rows.slot, rows.position, c.num_attention_heads, kv_scale=kv.scale, program=program)
         q = rows.qkv[:, : c.num_attention_heads * c.head_dim]
-        ops.attention(q, *kv, rows.slot, rows.position, c.head_dim**-0.5, out=rows.a, exact=self.exact, program=program)
+        ops.attention(
+            q, kv.k, kv.v, rows.slot, rows.position, c.head_dim**-0.5, out=rows.a, exact=self.exact, kv_scale=kv.scale, program=program
+        )  # fmt: skip
         self.o(rows.a, residual=rows.x, out=rows.x, program=program)
         ops.rms_norm(rows.x, self.mlp_norm, c.rms_norm_eps, out=rows.h, program=program)
         self.gate_up(rows.h, out=rows.g, program=program)
@@ -218,9 +220,9 @@ class Rows:
 class Model(nn.Module):
     """The decoder: rows of tokens in, logits out. One forward serves prefill, decode and a mix of both."""
 
-    def __init__(self, c: Config, embedding: Embedding, blocks: list[Block], norm: Tensor, head: nn.Module):
+    def __init__(self, c: Config, embedding: Embedding, blocks: list[Block], norm: Tensor, head: nn.Module, kv_bits: int = 16):
         super().__init__()
-        self.config, self.embedding, self.norm, self.head = c, embedding, norm, head
+        self.config, self.embedding, self.norm, self.head, self.kv_bits = c, embedding, norm, head, kv_bits
         self.blocks = nn.ModuleList(blocks)
         self._rope = rope_table(c, 1)
         self._recordable = all(getattr(layer, "recordable", True) for layer in (*self.blocks.modules(), embedding, head))
@@ -230,7 +232,7 @@ class Model(nn.Module):
     def cache(self, slots: int, length: int) -> KVCache:
         c = self.config
         self._recorded, self._recorded_for = {}, None  # let go of the last cache before the next one is allocated
-        return KVCache(c.num_hidden_layers, slots, c.num_key_value_heads, length, c.head_dim)
+        return KVCache(c.num_hidden_layers, slots, c.num_key_value_heads, length, c.head_dim, self.kv_bits)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:

@@ -47,7 +47,7 @@ class Spec:
         _one_of("symmetric", self.symmetric, (True, False))
         _one_of("score", self.score, (None, *SCORES))
         _one_of("act_bits", self.act_bits, (8, 16))
-        _one_of("kv_bits", self.kv_bits, (16,))
+        _one_of("kv_bits", self.kv_bits, (8, 16))
         _one_of("head_bits", self.head_bits, (8, 16))
         if isinstance(self.outliers, bool) or not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= 0.5:
             raise ValueError(f"outliers is {self.outliers!r}, expected a share of the weights between 0 and 0.5 (0.01 is 1 %)")

@@ -76,6 +76,12 @@ struct Avx2 {
   static float half(uint16_t h) { return _cvtsh_ss(h); }
   static uint16_t half(float f) { return _cvtss_sh(f, 0); }
 
+  // What the KV cache holds, halves or signed codes, as floats.
+  static F widen(const uint16_t* p) { return load_half(p); }
+  static F widen(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
+  static float widen(uint16_t h) { return half(h); }
+  static float widen(int8_t code) { return float(code); }
+
   // 2^round(v) for the exponential; v within the exponents of f32.
   static F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F exp2i(F v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127)), 23)); }

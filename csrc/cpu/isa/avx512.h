@@ -84,6 +84,12 @@ struct Avx512 {
   static float half(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
   static uint16_t half(float f) { return uint16_t(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(f), 0))); }
 
+  // What the KV cache holds, halves or signed codes, as floats.
+  static F widen(const uint16_t* p) { return load_half(p); }
+  static F widen(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+  static float widen(uint16_t h) { return half(h); }
+  static float widen(int8_t code) { return float(code); }
+
   // 2^round(v) for the exponential; v within the exponents of f32.
   static F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F exp2i(F v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127)), 23)); }
