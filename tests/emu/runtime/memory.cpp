@@ -23,14 +23,18 @@ struct Buffer {
 };
 std::vector<Buffer> buffers;   // by offset
 u64 top = kRedZone;
-std::atomic_flag locks[256];   // of global memory, by 64-byte line: the blocks of a grid may run on several workers
+// Of global memory, by 64-byte line: the blocks of a grid may run on several workers. Apart, or the workers would fight over their lines.
+struct alignas(64) Lock {
+  std::atomic_flag flag;
+};
+Lock locks[256];
 std::mutex readers_mutex;
 
 struct Locked {
   std::atomic_flag* flag = nullptr;
   Locked(const Memory& memory, u64 offset, const Lane& lane) {
-    if (!memory.global || !lane.team->launch->parallel) return;
-    flag = &locks[offset >> 6 & 255];
+    if (!memory.global || !lane.team->launch->parallel || memory.flags[offset] & kReadOnly) return;  // inputs have no cells that change
+    flag = &locks[offset >> 6 & 255].flag;
     while (flag->test_and_set(std::memory_order_acquire)) {
     }
   }
