@@ -144,6 +144,10 @@ __global__ void __launch_bounds__(128) wgmma_tile(const __half* a, const __half*
   float c[4] = {0, 0, 0, 0};
   for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[i])::"memory");
   if (Bug != 3) asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  if (Bug == 9) {
+    c[0] = a[0];
+    asm volatile("" : "+f"(c[0])::"memory");
+  }
   const uint64_t strides = uint64_t(128 / 16) << 16 | uint64_t((Bug == 4 ? 128 : 256) / 16) << 32;
   const uint64_t da = (shared_address(s) >> 4 & 0x3fff) | strides, db = (shared_address(sb) >> 4 & 0x3fff) | strides;
   for (int i = 0; i < 2; ++i)
@@ -312,7 +316,7 @@ MUTANT_EXPORT int run_tma_ring(int bug, const float* x, float* y, int rows, cuda
   return cudaGetLastError();
 }
 MUTANT_EXPORT int run_wgmma_tile(int bug, const __half* a, const __half* b, float* d, cudaStream_t stream) {
-  with_bug<9>(bug, [&](auto v) { wgmma_tile<v.value><<<1, 128, 0, stream>>>(a, b, d); });
+  with_bug<10>(bug, [&](auto v) { wgmma_tile<v.value><<<1, 128, 0, stream>>>(a, b, d); });
   return cudaGetLastError();
 }
 MUTANT_EXPORT int run_cluster_exchange(int bug, const float* x, float* y, int blocks, cudaStream_t stream) {
