@@ -130,7 +130,7 @@ FAMILIES = [
         11: "store not waited for before the end", 12: "buffer reused while it is stored"}, 90),
     Family("wgmma_tile", wgmma_tile, {
         1: "no fence.proxy.async after the stores", 2: "no barrier after the stores", 3: "no wgmma.fence", 4: "descriptor stride off", 5: "accumulator thrown away",
-        6: "operand overwritten before the wait", 7: "accumulator read before the wait", 8: "wait count off"}, 90),
+        6: "operand overwritten before the wait", 7: "accumulator read before the wait", 8: "wait count off", 9: "accumulator written after the fence"}, 90),
     Family("cluster_exchange", cluster_exchange, {
         1: "no barrier before the peer's memory is read", 2: "block ends while its memory is read", 3: "rank of the peer wrong", 4: "barrier without release",
         5: "barrier of the block instead of the cluster", 6: "grid no multiple of the cluster"}, 90),

@@ -46,8 +46,10 @@ __global__ void __launch_bounds__(128) producer_consumer(const float* x, float* 
     if (threadIdx.x < 64) {
       if (p && Bug != 1) asm volatile("bar.sync 2, 128;" ::: "memory");
       s[i] = x[p * 64 + i];
-      if (Bug == 2) asm volatile("bar.arrive 1, 96;" ::: "memory");
-      else asm volatile("bar.arrive 1, 128;" ::: "memory");
+      if (Bug == 2)
+        asm volatile("bar.arrive 1, 96;" ::: "memory");
+      else
+        asm volatile("bar.arrive 1, 128;" ::: "memory");
     } else {
       if (Bug != 3) asm volatile("bar.sync 1, 128;" ::: "memory");
       sum += s[63 - i];
@@ -67,7 +69,10 @@ __device__ void load_stage(__half* stage, const __half* a, const __half* b, int 
     const int row = i / 4, col = i % 4 * 8, r = blockIdx.x * 16 + row;
     const bool inside = row >= 16 || r < m || Bug == 4;
     const __half* from = row < 16 ? a + size_t(inside ? r : 0) * k : b + size_t(row - 16) * k;
-    copy_16(stage + row * kRow + col, from + at + col + (Bug == 10 && at ? 8 : 0), Bug == 11 && row < 16 && r >= m - 1 ? 8 : inside ? 16 : 0);
+    copy_16(stage + row * kRow + col, from + at + col + (Bug == 10 && at ? 8 : 0),
+            Bug == 11 && row < 16 && r >= m - 1 ? 8
+            : inside                            ? 16
+                                                : 0);
   }
   commit();
 }
@@ -80,8 +85,10 @@ __global__ void __launch_bounds__(128) gemm_tile(const __half* a, const __half* 
   load_stage<Bug>(stages, a, b, m, k, 0);
   for (int s = 0; s < steps; ++s) {
     if (s + 1 < steps) load_stage<Bug>(stages + (s + 1) % 2 * kStageHalves, a, b, m, k, (s + 1) * kStep);
-    if (s + 1 < steps || Bug == 3) wait<1>();
-    else wait<0>();
+    if (s + 1 < steps || Bug == 3)
+      wait<1>();
+    else
+      wait<0>();
     if (Bug != 1) __syncthreads();
     const __half* stage = stages + s % 2 * kStageHalves;
     for (int c = 0; c < kStep; c += 16) {
@@ -105,8 +112,10 @@ template <int Bug>
 __global__ void __launch_bounds__(64) sum_over_blocks(const float* x, float* part, unsigned* counter, float* y) {
   __shared__ bool last;
   part[blockIdx.x * 64 + threadIdx.x] = x[blockIdx.x * 64 + threadIdx.x] * 2;
-  if (Bug == 2) __threadfence_block();
-  else if (Bug != 1) __threadfence();
+  if (Bug == 2)
+    __threadfence_block();
+  else if (Bug != 1)
+    __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) last = atomicAdd(counter, 1) == gridDim.x - (Bug == 4 ? 2 : 1);
   if (Bug != 5) __syncthreads();
@@ -121,7 +130,8 @@ __global__ void __launch_bounds__(64) sum_over_blocks(const float* x, float* par
 template <int Bug>
 __global__ void __launch_bounds__(32) chain(const float* x, float* y, volatile unsigned* flag) {
   if (threadIdx.x == 0) {
-    while (*flag != blockIdx.x + (Bug == 1)) {}
+    while (*flag != blockIdx.x + (Bug == 1)) {
+    }
     __threadfence();
     y[0] = blockIdx.x ? y[0] + x[blockIdx.x] : x[0];
     if (Bug != 2) __threadfence();
@@ -145,7 +155,9 @@ MUTANT_EXPORT int run_producer_consumer(int bug, const float* x, float* y, int, 
 }
 MUTANT_EXPORT int run_gemm_tile(int bug, const __half* a, const __half* b, float* d, int m, int k, cudaStream_t stream) {
   const int bytes = kTileBytes - (bug == 9 ? 64 : 0), blocks = bug == 13 ? m / 16 : bug == 14 ? 0 : (m + 15) / 16;
-  with_bug<13>(bug >= 13 ? 0 : bug, [&](auto v) { gemm_tile<v.value><<<blocks, bug == 15 ? 256 : 128, bug == 16 ? 60000 : bytes, bug == 17 ? nullptr : stream>>>(a, b, d, m, k); });
+  with_bug<13>(bug >= 13 ? 0 : bug, [&](auto v) {
+    gemm_tile<v.value><<<blocks, bug == 15 ? 256 : 128, bug == 16 ? 60000 : bytes, bug == 17 ? nullptr : stream>>>(a, b, d, m, k);
+  });
   return cudaGetLastError();
 }
 MUTANT_EXPORT int run_sum_over_blocks(int bug, const float* x, float* part, unsigned* counter, float* y, int blocks, cudaStream_t stream) {

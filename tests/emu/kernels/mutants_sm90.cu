@@ -1,56 +1,80 @@
-// Kernels with bugs that need Hopper: a ring of TMA loads, a tensor store, wgmma, clusters with distributed shared memory and multicast, and
-// grids that overlap. Their bugs are listed in test_mutants.py. Before Hopper the kernels are empty.
+// Kernels with bugs that need Hopper: a ring of TMA loads, a tensor store, wgmma, clusters with distributed shared memory and multicast,
+// and grids that overlap. Their bugs are listed in test_mutants.py.
 #include <cuda.h>
 
 #include "mutants.cuh"
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define HOPPER(...)
-#else
-#define HOPPER(...) __VA_ARGS__
-#endif
-
 namespace {
 
-__device__ __forceinline__ void barrier_init(uint64_t* b, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory"); }
-__device__ __forceinline__ void barrier_arrive(uint64_t* b) { asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(shared_address(b)) : "memory"); }
+__device__ __forceinline__ void barrier_init(uint64_t* b, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t* b) {
+  asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(shared_address(b)) : "memory");
+}
 __device__ __forceinline__ void barrier_expect(uint64_t* b, int bytes) {
   asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(uint64_t* b, int parity) {
-  asm volatile("{.reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra W;}" ::"r"(shared_address(b)), "r"(parity) : "memory");
+  asm volatile("{.reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra W;}" ::"r"(shared_address(b)), "r"(parity)
+               : "memory");
 }
 
 template <int rank>
 __device__ __forceinline__ void tensor_load(void* dst, const CUtensorMap* map, uint64_t* b, const int (&x)[5]) {
-  HOPPER(
   const uint32_t d = shared_address(dst), m = shared_address(b);
-  if constexpr (rank == 1) asm volatile("cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3}], [%2];" ::"r"(d), "l"(map), "r"(m), "r"(x[0]) : "memory");
-  if constexpr (rank == 2) asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(d), "l"(map), "r"(m), "r"(x[0]), "r"(x[1]) : "memory");
-  if constexpr (rank == 3) asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(d), "l"(map), "r"(m), "r"(x[0]), "r"(x[1]), "r"(x[2]) : "memory");
-  if constexpr (rank == 4) asm volatile("cp.async.bulk.tensor.4d.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(d), "l"(map), "r"(m), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+  if constexpr (rank == 1)
+    asm volatile("cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3}], [%2];" ::"r"(d), "l"(map),
+                 "r"(m), "r"(x[0])
+                 : "memory");
+  if constexpr (rank == 2)
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(d),
+                 "l"(map), "r"(m), "r"(x[0]), "r"(x[1])
+                 : "memory");
+  if constexpr (rank == 3)
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(d),
+                 "l"(map), "r"(m), "r"(x[0]), "r"(x[1]), "r"(x[2])
+                 : "memory");
+  if constexpr (rank == 4)
+    asm volatile("cp.async.bulk.tensor.4d.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(d),
+                 "l"(map), "r"(m), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
   if constexpr (rank == 5)
-    asm volatile("{.reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p, 1.0; cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], p;}"
-                 ::"r"(d), "l"(map), "r"(m), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(x[4]) : "memory");)
+    asm volatile(
+        "{.reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p, 1.0; "
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], "
+        "[%2], p;}" ::"r"(d),
+        "l"(map), "r"(m), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(x[4])
+        : "memory");
 }
 template <int rank>
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, const void* src, const int (&x)[5]) {
-  HOPPER(
   const uint32_t s = shared_address(src);
-  if constexpr (rank == 1) asm volatile("cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%0, {%2}], [%1];" ::"l"(map), "r"(s), "r"(x[0]) : "memory");
-  if constexpr (rank == 2) asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(s), "r"(x[0]), "r"(x[1]) : "memory");
-  if constexpr (rank == 3) asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(s), "r"(x[0]), "r"(x[1]), "r"(x[2]) : "memory");
-  if constexpr (rank == 4) asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(s), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+  if constexpr (rank == 1)
+    asm volatile("cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%0, {%2}], [%1];" ::"l"(map), "r"(s), "r"(x[0]) : "memory");
+  if constexpr (rank == 2)
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(s), "r"(x[0]), "r"(x[1])
+                 : "memory");
+  if constexpr (rank == 3)
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(s), "r"(x[0]), "r"(x[1]),
+                 "r"(x[2])
+                 : "memory");
+  if constexpr (rank == 4)
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(s), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
   if constexpr (rank == 5)
-    asm volatile("{.reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p, 1.0; cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5, %6}], [%1], p;}"
-                 ::"l"(map), "r"(s), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(x[4]) : "memory");)
+    asm volatile(
+        "{.reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p, 1.0; "
+        "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5, %6}], [%1], p;}" ::"l"(map),
+        "r"(s), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(x[4])
+        : "memory");
 }
-__device__ __forceinline__ void store_done() { HOPPER(asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;" ::: "memory");) }
+__device__ __forceinline__ void store_done() { asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // One box of a tensor of `rank` dimensions to shared memory and from there to the other tensor.
 template <int rank>
 __global__ void copy_box(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, int bytes, int start) {
-  HOPPER(
   __shared__ alignas(1024) unsigned char s[8192];
   __shared__ uint64_t full;
   const int x[5] = {start, start, start, start, start};
@@ -63,16 +87,16 @@ __global__ void copy_box(const __grid_constant__ CUtensorMap from, const __grid_
     barrier_wait(&full, 0);
     tensor_store<rank>(&to, s, x);
     store_done();
-  })
+  }
 }
 
 // y = x + 1 over rows of 64 floats: warp 0 loads boxes of 8 rows in a ring of two stages, 2 warps add, and the boxes are stored by TMA.
 constexpr int kBox = 8 * 64;
 
 template <int Bug>
-__global__ void __launch_bounds__(96) tma_ring(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, int boxes) {
-  HOPPER(
-  extern __shared__ __align__(128) float ring[];   // two stages, two boxes on their way out
+__global__ void __launch_bounds__(96)
+    tma_ring(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, int boxes) {
+  extern __shared__ __align__(128) float ring[];  // two stages, two boxes on their way out
   __shared__ uint64_t full[2], empty[2];
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], Bug == 8 ? 63 : 64);
@@ -104,13 +128,12 @@ __global__ void __launch_bounds__(96) tma_ring(const __grid_constant__ CUtensorM
       asm volatile("bar.sync 1, 64;" ::: "memory");
     }
     if (t == 0 && Bug != 11) store_done();
-  })
+  }
 }
 
 // d[64, 8] = a[64, 16]·b[8, 16]ᵀ twice over with wgmma, operands stored by the threads.
 template <int Bug>
 __global__ void __launch_bounds__(128) wgmma_tile(const __half* a, const __half* b, float* d) {
-  HOPPER(
   __shared__ alignas(1024) __half s[64 * 16 + 8 * 16];
   __half* sb = s + 64 * 16;
   const auto at = [](int row, int k) { return row / 8 * 128 + k / 8 * 64 + row % 8 * 8 + k % 8; };
@@ -121,46 +144,62 @@ __global__ void __launch_bounds__(128) wgmma_tile(const __half* a, const __half*
   float c[4] = {0, 0, 0, 0};
   for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[i])::"memory");
   if (Bug != 3) asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  if (Bug == 9) {
+    c[0] = a[0];
+    asm volatile("" : "+f"(c[0])::"memory");
+  }
   const uint64_t strides = uint64_t(128 / 16) << 16 | uint64_t((Bug == 4 ? 128 : 256) / 16) << 32;
   const uint64_t da = (shared_address(s) >> 4 & 0x3fff) | strides, db = (shared_address(sb) >> 4 & 0x3fff) | strides;
   for (int i = 0; i < 2; ++i)
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;}"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "l"(da), "l"(db), "r"(Bug == 5 ? 0 : i) : "memory");
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;}"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "l"(da), "l"(db), "r"(Bug == 5 ? 0 : i)
+        : "memory");
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   if (Bug == 6) s[threadIdx.x] = __half(0.0f);
   float early = Bug == 7 ? c[0] : 0;
   if (Bug == 7) asm volatile("" : "+f"(early)::"memory");
-  if (Bug == 8) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-  else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  if (Bug == 8)
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+  else
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[i])::"memory");
   if (Bug == 7) c[0] = early;
   const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
-  for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + col + i % 2] = c[i];)
+  for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + col + i % 2] = c[i];
 }
 
-__device__ __forceinline__ void cluster_sync() { HOPPER(asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");) }
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // Clusters of two: each block doubles 64 numbers in its shared memory and writes out those of the other one.
 template <int Bug>
 __global__ void __launch_bounds__(64) cluster_exchange(const float* x, float* y) {
-  HOPPER(
   __shared__ float s[64];
-  uint32_t rank; uint32_t peer; float v;
+  uint32_t rank;
+  uint32_t peer;
+  float v;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   s[threadIdx.x] = x[blockIdx.x * 64 + threadIdx.x] * 2;
-  if (Bug == 4) asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-  else if (Bug == 5) __syncthreads();
-  else if (Bug != 1) cluster_sync();
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(shared_address(s + 63 - threadIdx.x)), "r"(Bug == 3 ? rank : rank ^ 1));
+  if (Bug == 4)
+    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+  else if (Bug == 5)
+    __syncthreads();
+  else if (Bug != 1)
+    cluster_sync();
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(peer)
+               : "r"(shared_address(s + 63 - threadIdx.x)), "r"(Bug == 3 ? rank : rank ^ 1));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(peer) : "memory");
   y[blockIdx.x * 64 + threadIdx.x] = v;
-  if (Bug != 2) cluster_sync();)
+  if (Bug != 2) cluster_sync();
 }
 
 // Clusters of two: block 0 loads 256 bytes for both of them.
 template <int Bug>
 __global__ void __launch_bounds__(64) multicast(const float* x, float* y) {
-  HOPPER(
   __shared__ alignas(128) float s[64];
   __shared__ uint64_t full;
   uint32_t rank;
@@ -170,21 +209,24 @@ __global__ void __launch_bounds__(64) multicast(const float* x, float* y) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (Bug != 2) barrier_expect(&full, 256);
   }
-  if (Bug == 3) __syncthreads();
-  else cluster_sync();
+  if (Bug == 3)
+    __syncthreads();
+  else
+    cluster_sync();
   if (rank == 0 && threadIdx.x == 0) {
     const short mask = Bug == 1 ? 1 : 3;
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], 256, [%2], %3;"
-                 ::"r"(shared_address(s)), "l"(x + blockIdx.x / 2 * 64), "r"(shared_address(&full)), "h"(mask) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], 256, [%2], %3;" ::"r"(
+                     shared_address(s)),
+                 "l"(x + blockIdx.x / 2 * 64), "r"(shared_address(&full)), "h"(mask)
+                 : "memory");
   }
   if (Bug != 4) barrier_wait(&full, 0);
   y[blockIdx.x * 64 + threadIdx.x] = s[threadIdx.x];
-  cluster_sync();)
+  cluster_sync();
 }
 
 // The same with a tensor map: block 0 loads a box of 64 floats for both.
 __global__ void __launch_bounds__(64) multicast_box(const __grid_constant__ CUtensorMap from, float* y) {
-  HOPPER(
   __shared__ alignas(128) float s[64];
   __shared__ uint64_t full;
   uint32_t rank;
@@ -196,28 +238,29 @@ __global__ void __launch_bounds__(64) multicast_box(const __grid_constant__ CUte
   }
   cluster_sync();
   if (rank == 0 && threadIdx.x == 0)
-    asm volatile("cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4}], [%2], %3;"
-                 ::"r"(shared_address(s)), "l"(&from), "r"(shared_address(&full)), "h"(short(3)), "r"(int(blockIdx.x / 2 * 64)) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4}], [%2], %3;" ::"r"(
+            shared_address(s)),
+        "l"(&from), "r"(shared_address(&full)), "h"(short(3)), "r"(int(blockIdx.x / 2 * 64))
+        : "memory");
   barrier_wait(&full, 0);
   y[blockIdx.x * 64 + threadIdx.x] = s[threadIdx.x];
-  cluster_sync();)
+  cluster_sync();
 }
 
 // Two kernels that may overlap: the second reads what the first has written.
 __global__ void first_grid(const float* x, float* between) {
-  HOPPER(
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  between[threadIdx.x] = x[threadIdx.x] + 1;)
+  between[threadIdx.x] = x[threadIdx.x] + 1;
 }
 template <int Bug>
 __global__ void second_grid(const float* between, float* y) {
-  HOPPER(
   float early = 0;
   if (Bug == 2) early = between[threadIdx.x];
   if (Bug == 3) const_cast<float*>(between)[threadIdx.x] = 0;
   if (Bug != 1) asm volatile("griddepcontrol.wait;" ::: "memory");
-  y[threadIdx.x] = Bug == 2 ? early * 2 : between[threadIdx.x] * 2;)
+  y[threadIdx.x] = Bug == 2 ? early * 2 : between[threadIdx.x] * 2;
 }
 
 // A tensor of 4-byte elements, each dimension of `size`, with boxes of `box`.
@@ -235,8 +278,9 @@ CUtensorMap tensor_map(const void* data, int rank, const int* size, const int* b
     stride *= size[i];
   }
   if (function)
-    reinterpret_cast<Encode>(function)(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, rank, const_cast<void*>(data), sizes, strides, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                       CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    reinterpret_cast<Encode>(function)(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, rank, const_cast<void*>(data), sizes, strides, boxes, ones,
+                                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return map;
 }
 
@@ -272,7 +316,7 @@ MUTANT_EXPORT int run_tma_ring(int bug, const float* x, float* y, int rows, cuda
   return cudaGetLastError();
 }
 MUTANT_EXPORT int run_wgmma_tile(int bug, const __half* a, const __half* b, float* d, cudaStream_t stream) {
-  with_bug<9>(bug, [&](auto v) { wgmma_tile<v.value><<<1, 128, 0, stream>>>(a, b, d); });
+  with_bug<10>(bug, [&](auto v) { wgmma_tile<v.value><<<1, 128, 0, stream>>>(a, b, d); });
   return cudaGetLastError();
 }
 MUTANT_EXPORT int run_cluster_exchange(int bug, const float* x, float* y, int blocks, cudaStream_t stream) {

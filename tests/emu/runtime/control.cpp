@@ -11,17 +11,17 @@ using Clock = std::vector<u32>;
 
 struct Stream {
   u32 id;
-  bool blocking;      // waits for the legacy default stream and the other way round
+  bool blocking;  // waits for the legacy default stream and the other way round
   u32 issued = 0;
-  Clock known;        // has ended before the next launch starts, beside the stream's own launches
-  const Launch* last = nullptr;   // if nothing has come between it and the next launch
+  Clock known;                   // has ended before the next launch starts, beside the stream's own launches
+  const Launch* last = nullptr;  // if nothing has come between it and the next launch
 };
 std::deque<Stream>& streams() {
   static std::deque<Stream> all{{0, true, 0, {}, nullptr}};
   return all;
 }
 std::deque<Clock> events;
-Clock host;   // what the host has waited for
+Clock host;  // what the host has waited for
 
 void raise(Clock& to, const Clock& from) {
   if (to.size() < from.size()) to.resize(from.size());
@@ -30,7 +30,7 @@ void raise(Clock& to, const Clock& from) {
 
 Stream& stream_of(void* handle) {
   const auto value = reinterpret_cast<uintptr_t>(handle);
-  return value <= 2 ? streams()[0] : *static_cast<Stream*>(handle);   // 0, cudaStreamLegacy, cudaStreamPerThread
+  return value <= 2 ? streams()[0] : *static_cast<Stream*>(handle);  // 0, cudaStreamLegacy, cudaStreamPerThread
 }
 
 Clock ended(const Stream& s) {
@@ -78,7 +78,9 @@ using namespace emu;
 
 #define EMU_EXPORT extern "C" __attribute__((visibility("default")))
 
-EMU_EXPORT void emu_configure(u64 seed, int order, int workers, int resident, int arch) { options() = {seed, Order(order), workers, resident, arch}; }
+EMU_EXPORT void emu_configure(u64 seed, int order, int workers, int resident, int arch) {
+  options() = {seed, Order(order), workers, resident, arch};
+}
 EMU_EXPORT u64 emu_allocate(u64 bytes, const char* name) { return allocate(bytes, name); }
 EMU_EXPORT int emu_upload(u64 address, const void* from, u64 bytes) {
   if (!host_access(address, bytes, true, host)) return 0;

@@ -13,7 +13,7 @@ void record_event(void* event, void* stream);
 void stream_waits(void* stream, void* event);
 void host_waits(void* stream);
 void host_waits_for_all();
-void forget_launch();    // the newest, which has not run
+void forget_launch();  // the newest, which has not run
 void forget_launches();
 
 }  // namespace emu

@@ -17,7 +17,8 @@ bool touch_global(Lane& lane, u64 address, u64 bytes, const Access& access) {
   Memory& memory = global_memory();
   const u64 offset = address - reinterpret_cast<u64>(memory.data);
   if (offset >= memory.size || offset + bytes > memory.size) {
-    report(&lane, "out-of-bounds", access.site, "%s at 0x%llx, which is not global memory", access.what, static_cast<unsigned long long>(address));
+    report(&lane, "out-of-bounds", access.site, "%s at 0x%llx, which is not global memory", access.what,
+           static_cast<unsigned long long>(address));
     return false;
   }
   bool mine = true;
@@ -48,7 +49,8 @@ void mark_busy(Block& block, u32 offset, u32 bytes, int change) {
 void check_async_readers(Lane& lane, Block& block, u64 offset, u32 bytes, u32 site, const char* what) {
   for (u64 o = offset / 16; o < (offset + bytes + 15) / 16; ++o) {
     if (!block.busy[o]) continue;
-    report(&lane, "async", site, "%s writes %s while a wgmma or a bulk store may still read it", what, describe(block.shared, std::max(offset, o * 16)).c_str());
+    report(&lane, "async", site, "%s writes %s while a wgmma or a bulk store may still read it", what,
+           describe(block.shared, std::max(offset, o * 16)).c_str());
     return;
   }
 }
@@ -170,7 +172,9 @@ void start_load(Lane& lane, BulkLoad load, u32 dst, u32 barrier, u32 ranks, cons
     return;
   }
   const u32 align = load.map.rank ? 128 : 16;
-  if (load.dst % align || load.bytes % 16) report(&lane, "misaligned", load.site, "%s of %u bytes to offset %u, which must be a multiple of %u", what, load.bytes, load.dst, align);
+  if (load.dst % align || load.bytes % 16)
+    report(&lane, "misaligned", load.site, "%s of %u bytes to offset %u, which must be a multiple of %u", what, load.bytes, load.dst,
+           align);
   for (Block& block : lane.team->blocks) {
     if (!(ranks >> block.rank & 1)) continue;
     find_mbarrier(lane, block.rank << kRankShift | load.barrier, load.site, true);
@@ -191,7 +195,8 @@ void land_bulk_load(std::vector<BulkLoad>& loads, u64 choice) {
     auto barrier = block.mbarriers.find(load.barrier);
     if (barrier == block.mbarriers.end()) continue;
     place(load, block.shared.data);
-    land(block.shared, load.dst, load.bytes, load.team->serial, slot_index(*load.team, block, barrier->second), barrier->second.generation + 1, load.site);
+    land(block.shared, load.dst, load.bytes, load.team->serial, slot_index(*load.team, block, barrier->second),
+         barrier->second.generation + 1, load.site);
     complete_bytes(*load.team, block, barrier->second, load.bytes);
   }
 }
@@ -209,7 +214,8 @@ void tensor_load(Lane& lane, u32 dst, u64 map, const int* at, int rank, u32 barr
   load.map = *tensor_map(lane, map, rank, site), load.site = site, load.bytes = box_bytes(load.map);
   std::copy(at, at + rank, load.at);
   bool readable = true;
-  for_rows(load.map, at, [&](u32, u64 address, u32, u32 bytes) { readable &= !bytes || touch_global(lane, address, bytes, {site, "the TMA load"}); });
+  for_rows(load.map, at,
+           [&](u32, u64 address, u32, u32 bytes) { readable &= !bytes || touch_global(lane, address, bytes, {site, "the TMA load"}); });
   if (readable) start_load(lane, load, dst, barrier, ranks, "the TMA load");
 }
 
@@ -234,7 +240,8 @@ void start_store(Lane& lane, BulkStore s, const char* what) {
   Block& block = *lane.block;
   s.src &= kOffset;
   const u32 align = s.map.rank ? 128 : 16;
-  if (s.src % align || s.bytes % 16) report(&lane, "misaligned", s.site, "%s of %u bytes from offset %u, which must be a multiple of %u", what, s.bytes, s.src, align);
+  if (s.src % align || s.bytes % 16)
+    report(&lane, "misaligned", s.site, "%s of %u bytes from offset %u, which must be a multiple of %u", what, s.bytes, s.src, align);
   if (!touch_shared(lane, block, s.src, s.bytes, {s.site, what})) return;
   check_proxy(block.shared, s.src, s.bytes, lane, s.site, what);
   mark_busy(block, s.src, s.bytes, 1);
@@ -257,7 +264,9 @@ void tensor_store(Lane& lane, u64 map, const int* at, int rank, u32 src, u32 sit
   s.map = *tensor_map(lane, map, rank, site), s.src = src, s.site = site, s.bytes = box_bytes(s.map);
   std::copy(at, at + rank, s.at);
   bool writable = true;
-  for_rows(s.map, at, [&](u32, u64 address, u32, u32 bytes) { writable &= !bytes || touch_global(lane, address, bytes, {site, "the TMA store", true}); });
+  for_rows(s.map, at, [&](u32, u64 address, u32, u32 bytes) {
+    writable &= !bytes || touch_global(lane, address, bytes, {site, "the TMA store", true});
+  });
   if (writable) start_store(lane, s, "the TMA store");
 }
 

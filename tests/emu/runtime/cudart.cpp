@@ -2,7 +2,6 @@
 // kernels. Device 0 is of compute capability 8.0, device 1 of 9.0. Only what our launchers use is here; anything else fails to link.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
-
 #include <cxxabi.h>
 
 #include <algorithm>
@@ -49,11 +48,13 @@ const char* refuse(const Launch& l, const Function& f) {
   u32 static_bytes = 0;
   for (const Span& s : l.kernel->shared) static_bytes += s.bytes;
   if (!l.grid.count() || l.grid.y > 65535 || l.grid.z > 65535 || l.grid.x > 0x7fffffff) return "the grid is empty or too large";
-  if (!l.block.count() || l.block.count() > l.kernel->max_threads || l.block.z > 64) return "the block is empty or larger than the kernel was compiled for";
+  if (!l.block.count() || l.block.count() > l.kernel->max_threads || l.block.z > 64)
+    return "the block is empty or larger than the kernel was compiled for";
   if (int(l.dynamic_bytes) > f.max_dynamic) return "more dynamic shared memory than was asked for with cudaFuncSetAttribute";
   if (int(l.dynamic_bytes + static_bytes) > shared_limit()) return "more shared memory than a block can have";
   if (l.cluster.count() > 1 && options().arch < 90) return "clusters need compute capability 9.0";
-  if (l.cluster.count() > 8 || l.grid.x % l.cluster.x || l.grid.y % l.cluster.y || l.grid.z % l.cluster.z) return "the grid is no multiple of the cluster";
+  if (l.cluster.count() > 8 || l.grid.x % l.cluster.x || l.grid.y % l.cluster.y || l.grid.z % l.cluster.z)
+    return "the grid is no multiple of the cluster";
   return nullptr;
 }
 
@@ -76,7 +77,8 @@ cudaError_t launch(const void* host, dim3 grid, dim3 block, void** args, size_t 
   order_launch(l, stream, overlaps);
   run(l);
   if (overlaps && !l.waited && !l.stopped)
-    report(nullptr, "grid-dependency", 0, "%s may overlap the kernel before it and never calls griddepcontrol.wait", readable(kernel->name).c_str());
+    report(nullptr, "grid-dependency", 0, "%s may overlap the kernel before it and never calls griddepcontrol.wait",
+           readable(kernel->name).c_str());
   return l.stopped ? fail(cudaErrorLaunchFailure) : cudaSuccess;
 }
 
@@ -94,7 +96,9 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) { functions()[host].name = name; }
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
+  functions()[host].name = name;
+}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, void* stream) {
   pushed = {grid, block, shared_bytes, stream};
@@ -142,11 +146,16 @@ cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); 
 cudaError_t cudaPeekAtLastError() { return last_error; }
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorInvalidDeviceFunction: return "invalid device function";
-    case cudaErrorLaunchFailure: return "unspecified launch failure";
-    default: return "an error of the emulated CUDA runtime";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
+    default:
+      return "an error of the emulated CUDA runtime";
   }
 }
 
@@ -165,13 +174,26 @@ cudaError_t cudaSetDevice(int device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = device ? 9 : 8; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = 4; return cudaSuccess;  // few: grids that are sized by it stay small
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = device ? 227 * 1024 : 163 * 1024; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = device ? 228 * 1024 : 164 * 1024; return cudaSuccess;
-    case cudaDevAttrL2CacheSize: *value = 40 << 20; return cudaSuccess;
-    default: return fail(cudaErrorInvalidValue);
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device ? 9 : 8;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      return cudaSuccess;  // few: grids that are sized by it stay small
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = device ? 227 * 1024 : 163 * 1024;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = device ? 228 * 1024 : 164 * 1024;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = 40 << 20;
+      return cudaSuccess;
+    default:
+      return fail(cudaErrorInvalidValue);
   }
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
@@ -179,12 +201,14 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   return cudaSuccess;
 }
 
-static CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* dims, const cuuint64_t* strides,
-                             const cuuint32_t* box, const cuuint32_t* element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+static CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* dims,
+                             const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
+                             CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                             CUtensorMapFloatOOBfill fill) {
   static constexpr u32 kSize[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // by CUtensorMapDataType
   TensorMap map{};
-  if (size_t(type) >= std::size(kSize) || !rank || rank > 5 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+  if (size_t(type) >= std::size(kSize) || !rank || rank > 5 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE ||
+      fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
     return CUDA_ERROR_INVALID_VALUE;
   if (swizzle > CU_TENSOR_MAP_SWIZZLE_128B) return CUDA_ERROR_INVALID_VALUE;
   map.magic = kTensorMapMagic, map.element = kSize[type], map.rank = rank, map.base = reinterpret_cast<u64>(address);
@@ -199,7 +223,8 @@ static CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint3
   memcpy(out, &map, sizeof map);
   return CUDA_SUCCESS;
 }
-cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* status) {
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* status) {
   const bool known = !strcmp(symbol, "cuTensorMapEncodeTiled");
   *function = known ? reinterpret_cast<void*>(&encode_tiled) : nullptr;
   if (status) *status = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;

@@ -30,17 +30,25 @@ inline u16 to_bf16(double v) {
   return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-constexpr int element_bits(Element e) { return e == Element::f16 || e == Element::bf16 ? 16 : e == Element::s8 || e == Element::u8 ? 8 : 4; }
+constexpr int element_bits(Element e) {
+  return e == Element::f16 || e == Element::bf16 ? 16 : e == Element::s8 || e == Element::u8 ? 8 : 4;
+}
 
 // The i-th element of a register.
 inline float element(Element e, u32 reg, int i) {
   switch (e) {
-    case Element::f16: return from_f16(u16(reg >> 16 * i));
-    case Element::bf16: return from_bf16(u16(reg >> 16 * i));
-    case Element::s8: return float(s8(reg >> 8 * i));
-    case Element::u8: return float(u8(reg >> 8 * i));
-    case Element::s4: return float(s32(reg << (28 - 4 * i)) >> 28);
-    default: return float(reg >> 4 * i & 15);
+    case Element::f16:
+      return from_f16(u16(reg >> 16 * i));
+    case Element::bf16:
+      return from_bf16(u16(reg >> 16 * i));
+    case Element::s8:
+      return float(s8(reg >> 8 * i));
+    case Element::u8:
+      return float(u8(reg >> 8 * i));
+    case Element::s4:
+      return float(s32(reg << (28 - 4 * i)) >> 28);
+    default:
+      return float(reg >> 4 * i & 15);
   }
 }
 

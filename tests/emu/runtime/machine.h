@@ -39,13 +39,13 @@ struct Span {
 };
 struct Kernel {
   const char* name;
-  int arch;                       // 80 or 90
+  int arch;  // 80 or 90
   void (*run)(Lane&, const u8* params);
   std::vector<Span> params;
-  std::vector<Span> shared;       // its static arrays in the shared window, apart from each other so that overruns are seen
+  std::vector<Span> shared;  // its static arrays in the shared window, apart from each other so that overruns are seen
   u32 dynamic_offset;
   u32 max_threads;
-  Dim3 cluster;                   // required by the kernel; else 1
+  Dim3 cluster;  // required by the kernel; else 1
 };
 struct RegisterKernel {
   explicit RegisterKernel(Kernel kernel);
@@ -57,8 +57,8 @@ enum class Order : int { in_order, reverse, greedy, random };
 struct Options {
   u64 seed = 1;
   Order order = Order::random;
-  int workers = 2;    // processor threads that share the blocks of a grid; results that depend on the order of blocks need 1
-  int resident = 1;   // teams that a worker runs at a time, interleaved
+  int workers = 2;   // processor threads that share the blocks of a grid; results that depend on the order of blocks need 1
+  int resident = 1;  // teams that a worker runs at a time, interleaved
   int arch = 80;
 };
 
@@ -68,11 +68,11 @@ struct Options {
 enum : u8 {
   kAllocated = 1,
   kWritten = 2,
-  kInFlight = 4,   // an asynchronous copy into it has not been waited for
+  kInFlight = 4,  // an asynchronous copy into it has not been waited for
   kReadOnly = 8,
-  kGeneric = 16,   // last written by an ordinary store, which the async proxy (TMA, wgmma) sees only past a fence
-  kBarrier = 32,   // part of a live mbarrier
-  kSplit = 64,     // on the first byte of a word: its bytes have been accessed apart, so each has its own cell
+  kGeneric = 16,  // last written by an ordinary store, which the async proxy (TMA, wgmma) sees only past a fence
+  kBarrier = 32,  // part of a live mbarrier
+  kSplit = 64,    // on the first byte of a word: its bytes have been accessed apart, so each has its own cell
 };
 
 // Who made an access: clock `clock` of lane `index` of a team; the indices beyond the lanes stand for the phases of mbarriers.
@@ -84,7 +84,7 @@ struct Stamp {
 };
 struct Cell {
   Stamp write;
-  Stamp reads[4];       // that nothing orders before each other; four warps often read the same tile
+  Stamp reads[4];  // that nothing orders before each other; four warps often read the same tile
 };
 
 struct Memory {
@@ -96,10 +96,10 @@ struct Memory {
   std::unordered_map<u64, std::vector<Stamp>> readers;
 };
 
-constexpr u32 kWindow = 1 << 19;      // bytes between the shared memories of a cluster's blocks; the largest block has 227 KiB
-constexpr u32 kRankShift = 24;        // a shared address is (rank in cluster) << 24 | offset
+constexpr u32 kWindow = 1 << 19;  // bytes between the shared memories of a cluster's blocks; the largest block has 227 KiB
+constexpr u32 kRankShift = 24;    // a shared address is (rank in cluster) << 24 | offset
 constexpr u32 kMaxDynamic = 227 * 1024;
-constexpr u32 kBarrierSlots = 64;     // mbarriers of a block
+constexpr u32 kBarrierSlots = 64;  // mbarriers of a block
 
 struct Access {
   u32 site;
@@ -133,17 +133,17 @@ constexpr u32 kTensorMapMagic = 0x50414d54;
 
 struct BulkStore {  // cp.async.bulk from shared memory: reads it some time before its group has been waited for
   TensorMap map;
-  u64 dst;          // where the map is unused
+  u64 dst;  // where the map is unused
   u32 src, bytes, site;
   int at[5];
   bool landed;
 };
-struct BulkLoad {   // cp.async.bulk into shared memory, on its way
+struct BulkLoad {  // cp.async.bulk into shared memory, on its way
   TensorMap map;
   u64 src;
   u32 dst, bytes, site, barrier;
   int at[5];
-  u16 ranks;        // blocks of the cluster that it goes to
+  u16 ranks;  // blocks of the cluster that it goes to
   Lane* lane;
   struct Team* team;
 };
@@ -152,7 +152,7 @@ template <class T>
 struct Groups {  // asynchronous operations of a lane: not committed yet, and committed
   std::vector<T> open;
   std::deque<std::vector<T>> closed;
-  std::vector<std::vector<T>> spare;   // a kernel commits at every step: their memory is used again
+  std::vector<std::vector<T>> spare;  // a kernel commits at every step: their memory is used again
   void commit() {
     closed.push_back(std::move(open));
     open = spare.empty() ? std::vector<T>() : std::move(spare.back());
@@ -172,9 +172,9 @@ struct Accumulator {  // of wgmmas in flight: its registers hold poison until th
   u32 pending;
 };
 struct PendingWgmma {
-  u32* accumulator;                    // the first register
-  std::vector<const u32*> inputs;      // registers that it may still read
-  std::vector<u32> chunks;             // 16-byte pieces of shared memory that it may still read
+  u32* accumulator;                // the first register
+  std::vector<const u32*> inputs;  // registers that it may still read
+  std::vector<u32> chunks;         // 16-byte pieces of shared memory that it may still read
   u32 site;
 };
 
@@ -186,23 +186,23 @@ struct Lane {
   struct Block* block = nullptr;
   struct Team* team = nullptr;
   struct Worker* worker = nullptr;
-  u32* clocks = nullptr;   // what it knows of every index of the team
-  u32 index = 0;           // in the team
+  u32* clocks = nullptr;  // what it knows of every index of the team
+  u32 index = 0;          // in the team
   u32 id = 0, warp = 0, lane = 0, ready_at = 0;
   Dim3 thread;
   State state = State::ready;
   const char* waits_for = nullptr;
-  u32 site = 0;            // where it waits
-  u64 branches = 0;        // backward branches taken
+  u32 site = 0;      // where it waits
+  u64 branches = 0;  // backward branches taken
   Groups<Copy> copies;
   Groups<BulkStore> stores;
   Groups<PendingWgmma> wgmmas;
   std::deque<Accumulator> accumulators;
   bool wgmma_fenced = false;
   bool in_cluster_barrier = false;
-  u32 cluster_phase = 0, barrier_result = 0, init_fence = 0;   // init_fence: own clock at the last fence.mbarrier_init
-  std::vector<u32> proxy_fences;   // own clocks at fence.proxy.async
-  std::vector<u32> proxy_known;    // clocks at the last one
+  u32 cluster_phase = 0, barrier_result = 0, init_fence = 0;  // init_fence: own clock at the last fence.mbarrier_init
+  std::vector<u32> proxy_fences;                              // own clocks at fence.proxy.async
+  std::vector<u32> proxy_known;                               // clocks at the last one
   Known acquired, seen, published;
 };
 
@@ -212,11 +212,11 @@ struct Collective {  // a warp instruction that some lanes have reached
   long variant;
   std::array<void*, 32> arg;
 };
-struct Barrier {  // bar.sync, bar.arrive and bar.red
-  u32 need = 0, arrived = 0, trues = 0;      // need 0: every thread of the block that has not ended
+struct Barrier {                         // bar.sync, bar.arrive and bar.red
+  u32 need = 0, arrived = 0, trues = 0;  // need 0: every thread of the block that has not ended
   std::vector<Lane*> waiting;
-  std::vector<u32> clocks;                   // of those that arrived and went on
-  std::array<u32, 32> sites{};               // where the lanes of each warp wait
+  std::vector<u32> clocks;      // of those that arrived and went on
+  std::array<u32, 32> sites{};  // where the lanes of each warp wait
 };
 struct MBarrier {
   u32 count = 0, pending = 0, slot = 0, generation = 0;  // generation: phases that have completed
@@ -240,8 +240,8 @@ struct Block {
   u32 rank = 0, exited = 0;
   Dim3 index;
   Memory shared;
-  std::vector<u32> alive;                    // lanes that have not ended, by warp
-  std::vector<u16> busy;                     // per 16 bytes: wgmmas and bulk stores that may still read them
+  std::vector<u32> alive;  // lanes that have not ended, by warp
+  std::vector<u16> busy;   // per 16 bytes: wgmmas and bulk stores that may still read them
   std::vector<std::vector<Collective>> warps;
   std::array<Barrier, 16> barriers;
   std::unordered_map<u32, MBarrier> mbarriers;
@@ -253,10 +253,10 @@ struct Team {
   struct Launch* launch = nullptr;
   struct Worker* worker = nullptr;
   u32 serial = 0, slot = 0, lane_count = 0, width = 0, done = 0, grid_index = 0;
-  bool live = false, knowledge = false;      // knowledge: a fence has been executed
+  bool live = false, knowledge = false;  // knowledge: a fence has been executed
   std::deque<Block> blocks;
   std::deque<Lane> lanes;
-  std::vector<u32> clocks;                   // lane_count rows of `width`: lanes, mbarrier slots, and whether griddepcontrol.wait is past
+  std::vector<u32> clocks;  // lane_count rows of `width`: lanes, mbarrier slots, and whether griddepcontrol.wait is past
   ClusterBarrier cluster;
 };
 
@@ -267,11 +267,11 @@ struct Launch {
   alignas(64) std::array<u8, 4096> params{};
   Options options;
   u32 first_serial = 0, stream = 0, number = 0;
-  std::vector<u32> order;                    // of the teams
+  std::vector<u32> order;  // of the teams
   std::atomic<u32> next{0};
   std::atomic<bool> stopped{false}, waited{false};
   bool parallel = false;
-  std::vector<u32> before, after;            // per stream: launches that have ended, before and after griddepcontrol.wait
+  std::vector<u32> before, after;  // per stream: launches that have ended, before and after griddepcontrol.wait
 };
 
 extern std::atomic<u64> mma_count;
@@ -279,15 +279,15 @@ extern std::atomic<u64> mma_count;
 // ---- reports ---------------------------------------------------------------------------------------------------------------------
 void report(const Lane* lane, const char* kind, u32 site, const char* format, ...) __attribute__((format(printf, 4, 5)));
 std::string reports(bool clear);
-void forget_repeats();   // a mistake is reported once a launch
-[[noreturn]] void stop(Lane& lane);   // ends the launch: its state has become meaningless
+void forget_repeats();               // a mistake is reported once a launch
+[[noreturn]] void stop(Lane& lane);  // ends the launch: its state has become meaningless
 
 // ---- launching and scheduling ----------------------------------------------------------------------------------------------------
 void run(Launch& launch);
-void block_on(Lane& lane, const char* what, u32 site);   // until another lane wakes it
+void block_on(Lane& lane, const char* what, u32 site);  // until another lane wakes it
 void wake(Lane& lane);
-void take_turns(Lane& lane);                             // the lane can go on, and so can others that it has just woken
-void pause(Lane& lane, u32 site);                        // lets others run: a lane that polls would keep them from it
+void take_turns(Lane& lane);       // the lane can go on, and so can others that it has just woken
+void pause(Lane& lane, u32 site);  // lets others run: a lane that polls would keep them from it
 void many_branches(Lane& lane, u32 site);
 u64 random(Lane& lane);
 std::vector<BulkLoad>& loads_in_flight(Lane& lane);
@@ -309,7 +309,7 @@ u32 new_serials(u32 count);
 
 // The memory behind an address, or null with a report. Space letters: g global, s shared, l local, a any (generic).
 u8* at(Lane& lane, char space, u64 address, u32 bytes, const Access& access);
-bool touch(Memory& memory, u64 offset, u32 bytes, Lane& lane, const Access& access);   // false: not this lane's to access
+bool touch(Memory& memory, u64 offset, u32 bytes, Lane& lane, const Access& access);         // false: not this lane's to access
 void land(Memory& memory, u64 offset, u32 bytes, u32 team, u16 index, u32 clock, u32 site);  // an asynchronous write has become visible
 void check_proxy(Memory& memory, u64 offset, u32 bytes, Lane& lane, u32 site, const char* what);
 Block& shared_block(Lane& lane, u32 address);
@@ -366,7 +366,8 @@ void check_tensor_map(Lane& lane, u64 map, u32 site);
 
 // ---- matrices --------------------------------------------------------------------------------------------------------------------
 enum class Element : int { f16, bf16, s8, u8, s4, u4 };
-void mma(Lane& lane, Element a_type, Element b_type, int k, bool half_sum, bool saturate, u32* d, const u32* a, const u32* b, const u32* c, u32 site);
+void mma(Lane& lane, Element a_type, Element b_type, int k, bool half_sum, bool saturate, u32* d, const u32* a, const u32* b, const u32* c,
+         u32 site);
 void ldmatrix(Lane& lane, u32* d, int count, bool transposed, u32 address, u32 site);
 void stmatrix(Lane& lane, const u32* s, int count, bool transposed, u32 address, u32 site);
 u32 movmatrix(Lane& lane, u32 value, u32 site);
@@ -375,8 +376,8 @@ struct WgmmaShape {
   int n, k;
   bool half_sum;
 };
-void wgmma(Lane& lane, const WgmmaShape& shape, u32* const* d, int d_count, const u32* const* a_regs, u64 a, u64 b, bool scale_d, int negate_a, int negate_b, int transpose_a,
-           int transpose_b, u32 site);
+void wgmma(Lane& lane, const WgmmaShape& shape, u32* const* d, int d_count, const u32* const* a_regs, u64 a, u64 b, bool scale_d,
+           int negate_a, int negate_b, int transpose_a, int transpose_b, u32 site);
 void wgmma_fence(Lane& lane);
 void wgmma_commit(Lane& lane);
 void wgmma_wait(Lane& lane, u32 allowed);

@@ -25,7 +25,8 @@ struct Kind {
   static Kind unpack(long v) { return {Element(v & 15), Element(v >> 4 & 15), int(v >> 8 & 0xfff), bool(v >> 20 & 1), bool(v >> 21 & 1)}; }
 };
 
-// A[16][k] and B[8][k]: lane g·4 + t holds `per` neighbouring elements a register, of rows g and g + 8 and of columns t·per, in blocks of 4·per.
+// A[16][k] and B[8][k]: lane g·4 + t holds `per` neighbouring elements a register, of rows g and g + 8 and of columns t·per, in blocks of
+// 4·per.
 void load_fragments(const Collective& c, const Kind& kind, float (*a)[64], float (*b)[64]) {
   const int per = 32 / element_bits(kind.a), blocks = kind.k / (4 * per);
   for (int l = 0; l < 32; ++l) {
@@ -116,7 +117,8 @@ void execute_ldmatrix(Collective& c, Block&, u32) {
       if (const u8* row = matrix_row(c, j, i, false, "ldmatrix")) memcpy(rows[i], row, 16);
     for (int l = 0; l < 32; ++l) {
       const int p = l >> 2, q = (l & 3) * 2;
-      static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] = first.transposed ? rows[q][p] | u32(rows[q + 1][p]) << 16 : rows[p][q] | u32(rows[p][q + 1]) << 16;
+      static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] =
+          first.transposed ? rows[q][p] | u32(rows[q + 1][p]) << 16 : rows[p][q] | u32(rows[p][q + 1]) << 16;
     }
   }
 }
@@ -126,7 +128,8 @@ void execute_stmatrix(Collective& c, Block&, u32) {
   const MatrixArg first = *static_cast<MatrixArg*>(c.arg[0]);
   for (int j = 0; j < first.count; ++j) {
     u16 rows[8][8];
-    for_halves(first.transposed, [&](int l, int h, int row, int col) { rows[row][col] = u16(static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] >> 16 * h); });
+    for_halves(first.transposed,
+               [&](int l, int h, int row, int col) { rows[row][col] = u16(static_cast<MatrixArg*>(c.arg[size_t(l)])->regs[j] >> 16 * h); });
     for (int i = 0; i < 8; ++i)
       if (u8* row = matrix_row(c, j, i, true, "stmatrix")) memcpy(row, rows[i], 16);
   }
@@ -136,7 +139,8 @@ void execute_stmatrix(Collective& c, Block&, u32) {
 
 std::atomic<u64> mma_count{0};
 
-void mma(Lane& lane, Element a_type, Element b_type, int k, bool half_sum, bool saturate, u32* d, const u32* a, const u32* b, const u32* c, u32 site) {
+void mma(Lane& lane, Element a_type, Element b_type, int k, bool half_sum, bool saturate, u32* d, const u32* a, const u32* b, const u32* c,
+         u32 site) {
   if (lane.lane == 0) mma_count.fetch_add(1, std::memory_order_relaxed);
   MmaArg arg{d, a, b, c};
   collective(lane, ~0u, &arg, execute_mma, Kind{a_type, b_type, k, half_sum, saturate}.pack(), "mma", site);

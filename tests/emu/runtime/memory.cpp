@@ -21,16 +21,20 @@ struct Buffer {
   std::string name;
   bool permanent;
 };
-std::vector<Buffer> buffers;   // by offset
+std::vector<Buffer> buffers;  // by offset
 u64 top = kRedZone;
-std::atomic_flag locks[256];   // of global memory, by 64-byte line: the blocks of a grid may run on several workers
+// Of global memory, by 64-byte line: the blocks of a grid may run on several workers. Apart, or the workers would fight over their lines.
+struct alignas(64) Lock {
+  std::atomic_flag flag;
+};
+Lock locks[256];
 std::mutex readers_mutex;
 
 struct Locked {
   std::atomic_flag* flag = nullptr;
   Locked(const Memory& memory, u64 offset, const Lane& lane) {
-    if (!memory.global || !lane.team->launch->parallel) return;
-    flag = &locks[offset >> 6 & 255];
+    if (!memory.global || !lane.team->launch->parallel || memory.flags[offset] & kReadOnly) return;  // inputs have no cells that change
+    flag = &locks[offset >> 6 & 255].flag;
     while (flag->test_and_set(std::memory_order_acquire)) {
     }
   }
@@ -51,7 +55,8 @@ std::string who(const Stamp& s, const Lane& lane) {
     snprintf(text, sizeof text, "an asynchronous copy");
   } else {
     const Lane& l = team.lanes[s.index];
-    snprintf(text, sizeof text, "thread (%u,%u,%u)%s", l.thread.x, l.thread.y, l.thread.z, l.block == lane.block ? "" : " of another block of the cluster");
+    snprintf(text, sizeof text, "thread (%u,%u,%u)%s", l.thread.x, l.thread.y, l.thread.z,
+             l.block == lane.block ? "" : " of another block of the cluster");
   }
   return text + std::string(" at ") + where(s.site);
 }
@@ -85,7 +90,8 @@ bool race_of_read(Memory& memory, u64 key, Lane& lane, const Access& access) {
   auto& others = memory.readers[key];
   Stamp& last = *std::prev(std::end(cell.reads));
   if (!std::exchange(last.many, true)) others.clear();
-  auto same = std::find_if(others.begin(), others.end(), [&](const Stamp& s) { return s.team == now.team && s.index == now.index && s.strong == now.strong; });
+  auto same = std::find_if(others.begin(), others.end(),
+                           [&](const Stamp& s) { return s.team == now.team && s.index == now.index && s.strong == now.strong; });
   if (same != others.end()) {
     *same = now;
   } else {
@@ -129,7 +135,8 @@ void split(Memory& memory, u64 word) {
   for (int i = 1; i < 4; ++i) memory.readers[word + i] = others;
 }
 
-// One word or a part of it. False: the bytes must not be accessed, or a mistake has been reported and the rest of the access is not looked at.
+// One word or a part of it. False: the bytes must not be accessed, or a mistake has been reported and the rest of the access is not looked
+// at.
 bool check_flags(Memory& memory, u64 offset, u32 bytes, Lane& lane, const Access& access) {
   u8 all = 0xff, any = 0;
   for (u32 i = 0; i < bytes; ++i) all &= memory.flags[offset + i], any |= memory.flags[offset + i];
@@ -143,7 +150,8 @@ bool check_flags(Memory& memory, u64 offset, u32 bytes, Lane& lane, const Access
   if (!(all & kAllocated)) {
     report(&lane, "out-of-bounds", access.site, "%s %s %s", access.what, verb, which(kAllocated, false).c_str());
   } else if (any & kInFlight) {
-    report(&lane, "async", access.site, "%s %s %s while an asynchronous copy into it is on its way", access.what, verb, which(kInFlight, true).c_str());
+    report(&lane, "async", access.site, "%s %s %s while an asynchronous copy into it is on its way", access.what, verb,
+           which(kInFlight, true).c_str());
   } else if (any & kBarrier) {
     report(&lane, "mbarrier", access.site, "%s %s %s, which belongs to a live mbarrier", access.what, verb, which(kBarrier, true).c_str());
   } else if (access.write) {
@@ -260,14 +268,16 @@ u8* at(Lane& lane, char space, u64 address, u32 bytes, const Access& access) {
     const u64 offset = address - reinterpret_cast<u64>(memory.data);
     if (offset < memory.size - bytes) return touch(memory, offset, bytes, lane, access) ? memory.data + offset : nowhere();
   }
-  report(&lane, "out-of-bounds", access.site, "%s at 0x%llx, which is in no memory of the device", access.what, static_cast<unsigned long long>(address));
+  report(&lane, "out-of-bounds", access.site, "%s at 0x%llx, which is in no memory of the device", access.what,
+         static_cast<unsigned long long>(address));
   return nowhere();
 }
 
 std::string describe(const Memory& memory, u64 offset) {
   char text[200];
   if (!memory.global) {
-    snprintf(text, sizeof text, "byte %llu of shared memory%s", static_cast<unsigned long long>(offset), memory.flags[offset] & kAllocated ? "" : ", outside of every array");
+    snprintf(text, sizeof text, "byte %llu of shared memory%s", static_cast<unsigned long long>(offset),
+             memory.flags[offset] & kAllocated ? "" : ", outside of every array");
     return text;
   }
   const Buffer* nearest = nullptr;
@@ -281,8 +291,8 @@ std::string describe(const Memory& memory, u64 offset) {
     snprintf(text, sizeof text, "byte %llu of '%s'", static_cast<unsigned long long>(offset - nearest->offset), nearest->name.c_str());
   } else {
     const bool before = offset < nearest->offset;
-    snprintf(text, sizeof text, "%llu bytes %s '%s' (%llu bytes)", static_cast<unsigned long long>(distance), before ? "before" : "past the end of", nearest->name.c_str(),
-             static_cast<unsigned long long>(nearest->bytes));
+    snprintf(text, sizeof text, "%llu bytes %s '%s' (%llu bytes)", static_cast<unsigned long long>(distance),
+             before ? "before" : "past the end of", nearest->name.c_str(), static_cast<unsigned long long>(nearest->bytes));
   }
   return text;
 }
@@ -293,7 +303,8 @@ namespace {
 
 Buffer* find(u64 address) {
   const u64 offset = address - reinterpret_cast<u64>(global_memory().data);
-  auto b = std::find_if(buffers.begin(), buffers.end(), [&](const Buffer& b) { return b.offset <= offset && offset < b.offset + std::max<u64>(b.bytes, 1); });
+  auto b = std::find_if(buffers.begin(), buffers.end(),
+                        [&](const Buffer& b) { return b.offset <= offset && offset < b.offset + std::max<u64>(b.bytes, 1); });
   return b == buffers.end() ? nullptr : &*b;
 }
 
@@ -332,14 +343,16 @@ bool host_access(u64 address, u64 bytes, bool write, const std::vector<u32>& kno
   const u64 offset = address - reinterpret_cast<u64>(memory.data);
   const Buffer* b = find(address);
   if (bytes && (!b || offset + bytes > b->offset + b->bytes)) {
-    report(nullptr, "out-of-bounds", 0, "the host %s %llu bytes at %s", write ? "writes" : "reads", static_cast<unsigned long long>(bytes), describe(memory, offset).c_str());
+    report(nullptr, "out-of-bounds", 0, "the host %s %llu bytes at %s", write ? "writes" : "reads", static_cast<unsigned long long>(bytes),
+           describe(memory, offset).c_str());
     return false;
   }
   for (u64 o = offset; o < offset + bytes; ++o) {
     const Stamp& s = memory.cells[memory.flags[o & ~u64(3)] & kSplit ? o : o & ~u64(3)].write;
     const Launch* launch = s.team ? launch_of(s.team) : nullptr;
     if (launch && (launch->stream >= known.size() || known[launch->stream] < launch->number)) {
-      report(nullptr, "stream-order", s.site, "the host %s %s without waiting for the kernel that writes it", write ? "overwrites" : "reads", describe(memory, o).c_str());
+      report(nullptr, "stream-order", s.site, "the host %s %s without waiting for the kernel that writes it",
+             write ? "overwrites" : "reads", describe(memory, o).c_str());
       break;
     }
   }

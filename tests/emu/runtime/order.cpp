@@ -2,18 +2,18 @@
 // griddepcontrol between grids; and the fences between ordinary accesses and those of the async proxy.
 #include "order.h"
 
-#include "control.h"
-
 #include <algorithm>
 #include <cstring>
+
+#include "control.h"
 
 namespace emu {
 namespace {
 
-std::deque<Launch> launches;         // since the last reset; a Launch never moves
+std::deque<Launch> launches;  // since the last reset; a Launch never moves
 u32 serials = 1;
 std::mutex published_mutex;
-std::unordered_map<u64, Known> published;   // by address of an atomic
+std::unordered_map<u64, Known> published;  // by address of an atomic
 
 Known merge(const Known& a, const Known& b) {
   if (!a || a == b) return b;
@@ -62,7 +62,8 @@ void forget_launches() {
 }
 
 const Launch* launch_of(u32 team) {
-  auto after = std::upper_bound(launches.begin(), launches.end(), team, [](u32 serial, const Launch& l) { return serial < l.first_serial; });
+  auto after =
+      std::upper_bound(launches.begin(), launches.end(), team, [](u32 serial, const Launch& l) { return serial < l.first_serial; });
   return after == launches.begin() ? nullptr : &*std::prev(after);
 }
 
@@ -72,7 +73,8 @@ bool ordered_elsewhere(const Stamp& s, const Lane& lane) {
   if (other == &mine) {
     if (!lane.acquired) return false;
     auto entry = lane.acquired->find(s.team);
-    return entry != lane.acquired->end() && !entry->second.block_only && s.index < entry->second.clocks.size() && entry->second.clocks[s.index] >= s.clock;
+    return entry != lane.acquired->end() && !entry->second.block_only && s.index < entry->second.clocks.size() &&
+           entry->second.clocks[s.index] >= s.clock;
   }
   const bool waited = lane.clocks[lane.team->width - 1] != 0;
   const auto& ended = waited ? mine.after : mine.before;
@@ -149,7 +151,8 @@ void check_proxy(Memory& memory, u64 offset, u32 bytes, Lane& lane, u32 site, co
       auto next = std::lower_bound(fences.begin(), fences.end(), w.clock);
       if (next != fences.end() && *next <= lane.clocks[w.index]) continue;
       if (!lane.proxy_known.empty() && lane.proxy_known[w.index] >= w.clock) continue;
-      report(&lane, "proxy", site, "%s reads %s, stored at %s, with no fence.proxy.async between", what, describe(memory, b).c_str(), where(w.site).c_str());
+      report(&lane, "proxy", site, "%s reads %s, stored at %s, with no fence.proxy.async between", what, describe(memory, b).c_str(),
+             where(w.site).c_str());
       return;
     }
   }

@@ -43,9 +43,13 @@ T modify(Lane& lane, char space, u64 address, u32 site, bool acquire, bool relea
   return old;
 }
 template <class T>
-T increment(T old, T limit) { return old >= limit ? T(0) : T(old + 1); }
+T increment(T old, T limit) {
+  return old >= limit ? T(0) : T(old + 1);
+}
 template <class T>
-T decrement(T old, T limit) { return old == 0 || old > limit ? limit : T(old - 1); }
+T decrement(T old, T limit) {
+  return old == 0 || old > limit ? limit : T(old - 1);
+}
 
 // Parameters of a kernel.
 template <class T, int N>

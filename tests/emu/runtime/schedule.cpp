@@ -49,9 +49,9 @@ namespace emu {
 namespace {
 
 constexpr size_t kStack = 256 * 1024, kGuard = 4096;
-constexpr u32 kBlocks = 64;              // that a worker can hold at a time
-constexpr u64 kPolls = 500'000;          // rounds in which nobody does anything but poll: nothing will change any more
-constexpr u64 kBranches = 400'000'000;   // backward branches of one lane: a loop whose end is missed
+constexpr u32 kBlocks = 64;             // that a worker can hold at a time
+constexpr u64 kPolls = 500'000;         // rounds in which nobody does anything but poll: nothing will change any more
+constexpr u64 kBranches = 400'000'000;  // backward branches of one lane: a loop whose end is missed
 constexpr u32 kRedZone = 64;
 
 u8* map_pages(size_t bytes) {
@@ -70,16 +70,16 @@ struct Worker {
   Launch* launch = nullptr;
   std::deque<Team> teams;
   std::vector<u8*> stacks;
-  u8* data = map_pages(size_t(kBlocks) * kWindow);   // the shared memory of the blocks
+  u8* data = map_pages(size_t(kBlocks) * kWindow);  // the shared memory of the blocks
   u8* flags = map_pages(size_t(kBlocks) * kWindow);
   Cell* cells = reinterpret_cast<Cell*>(map_pages(size_t(kBlocks) * kWindow * sizeof(Cell)));
-  std::vector<u32> ready;                            // a bit for each lane that can run, 32 to a warp
+  std::vector<u32> ready;  // a bit for each lane that can run, 32 to a warp
   u32 ready_count = 0;
   std::vector<Lane*> lane_at, yielded;
   std::vector<BulkLoad> loads;
   void* main_sp = nullptr;
   u64 random_state = 1, polls = 0;
-  u32 favourite = 0;                                 // the warp that goes on for as long as it can
+  u32 favourite = 0;  // the warp that goes on for as long as it can
 
   u64 random() {
     random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
@@ -145,7 +145,8 @@ bool Worker::start(Team& team) {
 
 void Worker::start_block(Team& team, Block& block) {
   const Kernel& kernel = *launch->kernel;
-  const u32 at = team.slot * u32(launch->cluster.count()) + block.rank, threads = u32(launch->block.count()), padded = (threads + 31) / 32 * 32;
+  const u32 at = team.slot * u32(launch->cluster.count()) + block.rank, threads = u32(launch->block.count()),
+            padded = (threads + 31) / 32 * 32;
   block.shared = {data + size_t(at) * kWindow, flags + size_t(at) * kWindow, cells + size_t(at) * kWindow, kWindow, false, {}};
   const u32 end = std::min(kernel.dynamic_offset + launch->dynamic_bytes + kRedZone, kWindow);
   memset(block.shared.data, 0xff, end);
@@ -167,7 +168,7 @@ void Worker::start_block(Team& team, Block& block) {
     lane.thread = {t % launch->block.x, t / launch->block.x % launch->block.y, t / (launch->block.x * launch->block.y)};
     lane.clocks[index] = 1;
     lane.stack_low = stack(lane.ready_at) + kGuard, lane.stack_high = stack(lane.ready_at) + kStack;
-    auto sp = reinterpret_cast<u64*>(lane.stack_high) - 2;   // aligned to 16 once the address of emu_enter is taken off
+    auto sp = reinterpret_cast<u64*>(lane.stack_high) - 2;  // aligned to 16 once the address of emu_enter is taken off
     *--sp = reinterpret_cast<u64>(&emu_enter);
     for (int i = 0; i < 6; ++i) *--sp = i == 1 ? reinterpret_cast<u64>(&lane) : 0;  // emu_switch takes rbx off as the last but one
     lane.sp = sp;
@@ -183,7 +184,8 @@ void Worker::finish(Team& team) {
   });
   for (Block& block : team.blocks)
     for (auto& warp : block.warps)
-      for (Collective& c : warp) report(&team.lanes[0], "divergence", c.site, "lanes %08x never came to where lanes %08x wait", c.mask & ~c.arrived, c.arrived);
+      for (Collective& c : warp)
+        report(&team.lanes[0], "divergence", c.site, "lanes %08x never came to where lanes %08x wait", c.mask & ~c.arrived, c.arrived);
 }
 
 u32 Worker::choose_warp() {
@@ -298,7 +300,8 @@ void run(Launch& launch) {
   for (u32 i = 0; i < count; ++i) launch.order[i] = launch.options.order == Order::reverse ? count - 1 - i : i;
   if (launch.options.order == Order::random || launch.options.order == Order::greedy) {
     u64 state = launch.options.seed * 0x2545f4914f6cdd1dull + 1;
-    for (u32 i = count; i > 1; --i) std::swap(launch.order[i - 1], launch.order[(state = state * 6364136223846793005ull + 1442695040888963407ull) % i]);
+    for (u32 i = count; i > 1; --i)
+      std::swap(launch.order[i - 1], launch.order[(state = state * 6364136223846793005ull + 1442695040888963407ull) % i]);
   }
   const u32 threads = std::min(u32(std::max(1, launch.options.workers)), count);
   launch.parallel = threads > 1;

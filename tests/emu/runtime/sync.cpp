@@ -51,7 +51,8 @@ Barrier& enter(Lane& lane, u32 id, u32 threads, u32 site) {
   }
   if (threads % 32) report(&lane, "barrier", site, "barrier %u for %u threads, which is no multiple of 32", id, threads);
   Barrier& b = lane.block->barriers[id];
-  if (b.arrived && b.need != threads) report(&lane, "barrier", site, "barrier %u is used for %u and for %u threads at a time", id, b.need, threads);
+  if (b.arrived && b.need != threads)
+    report(&lane, "barrier", site, "barrier %u is used for %u and for %u threads at a time", id, b.need, threads);
   b.need = threads;
   ++b.arrived;
   return b;
@@ -160,10 +161,17 @@ u32 shuffle(Lane& lane, u32 value, int mode, u32 b, u32 c, u32 mask, u32 site, b
       const u32 high = (l & a.segment) | (a.clamp & ~a.segment), low = l & a.segment;
       u32 from = 0;
       switch (c.variant) {
-        case 0: from = low | (a.b & ~a.segment), a.valid = from <= high; break;
-        case 1: from = l - a.b, a.valid = s32(from) >= s32(high); break;
-        case 2: from = l + a.b, a.valid = from <= high; break;
-        default: from = l ^ a.b, a.valid = from <= high;
+        case 0:
+          from = low | (a.b & ~a.segment), a.valid = from <= high;
+          break;
+        case 1:
+          from = l - a.b, a.valid = s32(from) >= s32(high);
+          break;
+        case 2:
+          from = l + a.b, a.valid = from <= high;
+          break;
+        default:
+          from = l ^ a.b, a.valid = from <= high;
       }
       if (!a.valid) from = l;
       if (c.arrived >> from & 1) {
@@ -209,14 +217,29 @@ u32 redux(Lane& lane, u32 value, int op, u32 mask, u32 site) {
       const u32 v = *static_cast<u32*>(c.arg[l]);
       if (std::exchange(first, false)) return;
       switch (c.variant) {
-        case 0: sum += v; break;
-        case 1: sum &= v; break;
-        case 2: sum |= v; break;
-        case 3: sum ^= v; break;
-        case 4: sum = u32(std::min(s32(sum), s32(v))); break;
-        case 5: sum = u32(std::max(s32(sum), s32(v))); break;
-        case 6: sum = std::min(sum, v); break;
-        default: sum = std::max(sum, v);
+        case 0:
+          sum += v;
+          break;
+        case 1:
+          sum &= v;
+          break;
+        case 2:
+          sum |= v;
+          break;
+        case 3:
+          sum ^= v;
+          break;
+        case 4:
+          sum = u32(std::min(s32(sum), s32(v)));
+          break;
+        case 5:
+          sum = u32(std::max(s32(sum), s32(v)));
+          break;
+        case 6:
+          sum = std::min(sum, v);
+          break;
+        default:
+          sum = std::max(sum, v);
       }
     });
     for_lanes(c, [&](u32 l) { *static_cast<u32*>(c.arg[l]) = sum; });
@@ -246,7 +269,8 @@ void complete_cluster(Team& team) {
 }  // namespace
 
 void cluster_arrive(Lane& lane, bool release, u32 site) {
-  if (std::exchange(lane.in_cluster_barrier, true)) report(&lane, "barrier", site, "barrier.cluster.arrive a second time with no wait between");
+  if (std::exchange(lane.in_cluster_barrier, true))
+    report(&lane, "barrier", site, "barrier.cluster.arrive a second time with no wait between");
   ClusterBarrier& b = lane.team->cluster;
   lane.cluster_phase = b.generation;
   if (release) {
@@ -272,7 +296,9 @@ void cluster_wait(Lane& lane, u32 site) {
 
 // ---- mbarrier --------------------------------------------------------------------------------------------------------------------
 
-u16 slot_index(const Team& team, const Block& block, const MBarrier& b) { return u16(team.lane_count + block.rank * kBarrierSlots + b.slot); }
+u16 slot_index(const Team& team, const Block& block, const MBarrier& b) {
+  return u16(team.lane_count + block.rank * kBarrierSlots + b.slot);
+}
 
 namespace {
 
@@ -297,9 +323,12 @@ MBarrier* find_mbarrier(Lane& lane, u32 address, u32 site, bool by_async_proxy) 
   MBarrier& b = found->second;
   const Lane& by = *b.init_lane;
   if (lane.clocks[by.index] < b.init_clock)
-    report(&lane, "race", site, "the mbarrier is used with nothing that orders this after its initialisation at %s", where(b.init_site).c_str());
-  if (by_async_proxy && by.init_fence < b.init_clock && std::none_of(by.proxy_fences.begin(), by.proxy_fences.end(), [&](u32 c) { return c >= b.init_clock; }))
-    report(&lane, "proxy", site, "a copy completes on the mbarrier initialised at %s, with no fence.mbarrier_init or fence.proxy.async after that",
+    report(&lane, "race", site, "the mbarrier is used with nothing that orders this after its initialisation at %s",
+           where(b.init_site).c_str());
+  if (by_async_proxy && by.init_fence < b.init_clock &&
+      std::none_of(by.proxy_fences.begin(), by.proxy_fences.end(), [&](u32 c) { return c >= b.init_clock; }))
+    report(&lane, "proxy", site,
+           "a copy completes on the mbarrier initialised at %s, with no fence.mbarrier_init or fence.proxy.async after that",
            where(b.init_site).c_str());
   return &b;
 }
@@ -335,7 +364,8 @@ void mbarrier_inval(Lane& lane, u32 address, u32 site) {
 u64 mbarrier_arrive(Lane& lane, u32 address, u32 count, s64 expect, u32 site) {
   MBarrier& b = *find_mbarrier(lane, address, site);
   b.bytes += expect;
-  if (b.bytes >= 1 << 20) report(&lane, "mbarrier", site, "the phase expects %lld bytes, more than 2^20 - 1", static_cast<long long>(b.bytes));
+  if (b.bytes >= 1 << 20)
+    report(&lane, "mbarrier", site, "the phase expects %lld bytes, more than 2^20 - 1", static_cast<long long>(b.bytes));
   raise(b.clocks, lane.clocks, lane.team->width);
   ++lane.clocks[lane.index];
   const u64 state = b.generation;
@@ -382,7 +412,8 @@ void mbarrier_copies_arrive(Lane& lane, u32 address, bool no_increment, u32 site
 
 void lane_exit(Lane& lane) {
   if (!lane.copies.empty())
-    report(&lane, "exit", (lane.copies.open.empty() ? lane.copies.closed.front() : lane.copies.open).front().site, "the thread ends with a cp.async that it has not waited for");
+    report(&lane, "exit", (lane.copies.open.empty() ? lane.copies.closed.front() : lane.copies.open).front().site,
+           "the thread ends with a cp.async that it has not waited for");
   if (!lane.stores.empty()) report(&lane, "exit", 0, "the thread ends while a bulk store may still read shared memory");
   if (!lane.wgmmas.empty()) report(&lane, "exit", 0, "the thread ends with a wgmma that it has not waited for");
   Block& block = *lane.block;

@@ -14,7 +14,7 @@ constexpr u32 kPoison = 0x7fedbeef;  // a NaN
 struct WgmmaArg {
   Lane* lane;
   const WgmmaShape* shape;
-  std::vector<u32> sum;   // accumulator before, then after
+  std::vector<u32> sum;  // accumulator before, then after
   const u32* const* a_regs;
   u64 a, b;
   bool scale_d;
@@ -125,7 +125,8 @@ void execute(WarpgroupCall& call, Lane& first_lane) {
 
 void rendezvous(Lane& lane, WgmmaArg& arg, u32 site) {
   WarpgroupCall& call = lane.block->warpgroups[lane.id / 128];
-  if (call.arrived && call.site != site) report(&lane, "divergence", site, "wgmma, while the warpgroup waits in another at %s", where(call.site).c_str());
+  if (call.arrived && call.site != site)
+    report(&lane, "divergence", site, "wgmma, while the warpgroup waits in another at %s", where(call.site).c_str());
   call.site = site;
   call.arg[lane.id % 128] = &arg;
   if (++call.arrived < 128) {
@@ -143,8 +144,8 @@ void rendezvous(Lane& lane, WgmmaArg& arg, u32 site) {
 
 }  // namespace
 
-void wgmma(Lane& lane, const WgmmaShape& shape, u32* const* d, int d_count, const u32* const* a_regs, u64 a, u64 b, bool scale_d, int negate_a,
-           int negate_b, int transpose_a, int transpose_b, u32 site) {
+void wgmma(Lane& lane, const WgmmaShape& shape, u32* const* d, int d_count, const u32* const* a_regs, u64 a, u64 b, bool scale_d,
+           int negate_a, int negate_b, int transpose_a, int transpose_b, u32 site) {
   if (lane.team->launch->block.count() < (lane.id / 128 + 1) * 128) {
     report(&lane, "divergence", site, "wgmma in a warpgroup of less than 128 threads");
     stop(lane);
@@ -177,7 +178,8 @@ void wgmma_wait(Lane& lane, u32 allowed) {
         --lane.block->busy[piece];
         touch(lane.block->shared, piece * 16, 16, lane, {w.site, "wgmma"});  // its read lasts until here
       }
-      auto a = std::find_if(lane.accumulators.begin(), lane.accumulators.end(), [&](const Accumulator& x) { return x.regs[0] == w.accumulator; });
+      auto a = std::find_if(lane.accumulators.begin(), lane.accumulators.end(),
+                            [&](const Accumulator& x) { return x.regs[0] == w.accumulator; });
       if (--a->pending) continue;
       for (size_t i = 0; i < a->regs.size(); ++i) *a->regs[i] = a->values[i];
       lane.accumulators.erase(a);
@@ -193,7 +195,8 @@ void use_register(Lane& lane, const void* reg, bool write, u32 site) {
     }
   if (!write) return;
   const auto reads = [&](const std::vector<PendingWgmma>& group) {
-    return std::any_of(group.begin(), group.end(), [&](const PendingWgmma& w) { return std::find(w.inputs.begin(), w.inputs.end(), reg) != w.inputs.end(); });
+    return std::any_of(group.begin(), group.end(),
+                       [&](const PendingWgmma& w) { return std::find(w.inputs.begin(), w.inputs.end(), reg) != w.inputs.end(); });
   };
   if (reads(lane.wgmmas.open) || std::any_of(lane.wgmmas.closed.begin(), lane.wgmmas.closed.end(), reads))
     report(&lane, "wgmma", site, "writes a register that a wgmma still reads, before wgmma.wait_group");
