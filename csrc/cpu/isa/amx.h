@@ -29,8 +29,8 @@ struct Amx {
   }
 
 #if defined(PE_EMULATE_AVX512)
-  static void begin() {}
-  static void end() {}
+  static void begin() { emulated::tile.begin(); }
+  static void end() { emulated::tile.end(); }
   template <int tile>
   static void load(const void* p, int64_t stride) { emulated::tile[tile].load(p, stride); }
   template <int tile>
