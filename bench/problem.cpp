@@ -3,6 +3,7 @@
 #include <random>
 
 #include "operands.h"
+#include "pages.h"
 
 namespace bench {
 namespace {
@@ -67,8 +68,12 @@ size_t column_bytes(const QLinear& op) { return op.k > 65536 ? 4 : 2; }
 }  // namespace
 
 Buffer::Buffer(size_t bytes) : bytes_(bytes) {
-  data_.reset(std::aligned_alloc(64, aligned(bytes) + 64));  // kernels may read a vector from the last byte on
+  constexpr size_t kPage = size_t(2) << 20;
+  const size_t room = aligned(bytes) + 64;  // kernels may read a vector from the last byte on
+  const bool large = room >= kPage;         // in large pages, as the runtime's weights are
+  data_.reset(std::aligned_alloc(large ? kPage : 64, large ? (room + kPage - 1) / kPage * kPage : room));
   if (!data_) throw std::bad_alloc();
+  if (large) pe::advise_large_pages(data_.get(), room);
 }
 void Buffer::Free::operator()(void* p) const { std::free(p); }
 
