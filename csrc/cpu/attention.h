@@ -109,12 +109,14 @@ inline const char* attention_refuses(const Attention& op) {
   return op.head_dim > kHeadDim ? "head_dim is above 256" : nullptr;
 }
 
-// Cuts the rows into tasks: one KV head, up to `most` rows of one slot with ascending positions.
+// Cuts the rows into tasks: one KV head, up to `most` rows of one slot with ascending positions. The last rows, which in a prompt have
+// the most keys, go first, so that no thread starts a long task when the others are done.
 template <class Task, int64_t most>
 void attention_tasks(const Attention& op) {
   const int64_t blocks = (op.m + most - 1) / most, share = op.heads / op.kv_heads;
   parallel_for(blocks * op.kv_heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t task = blocks * op.kv_heads - 1 - t;
       const int64_t last = (task / op.kv_heads + 1) * most < op.m ? (task / op.kv_heads + 1) * most : op.m;
       for (int64_t i = task / op.kv_heads * most, stop; i < last; i = stop) {
         for (stop = i + 1; stop < last && op.slot[stop] == op.slot[i] && op.position[stop] >= op.position[stop - 1];) ++stop;
