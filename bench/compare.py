@@ -1,8 +1,8 @@
 """PyEngine and its peers on the same model, threads and machine, taking turns: `make bench`, or `python bench/compare.py`.
 
 All stay loaded; a round runs, for each peer, ours and the peer's next to each other, in either order by turns. So a ratio is made of two numbers of
-the same few seconds, and what is reported is the median of these ratios. Numbers go to bench/results/cpu-<date>.json, where runs of one day and
-commit add up, and the plot to bench/results/cpu.png.
+the same few seconds, and what is reported is the median of these ratios. Numbers go to bench/results/cpu-<date>.json, where runs of one day add
+up, and the plot to bench/results/cpu.png.
 """
 
 from __future__ import annotations
@@ -168,16 +168,17 @@ def git(*arguments: str) -> str:
 
 
 def save(size: str, ours: Contestant, peers: list[Contestant], args: argparse.Namespace) -> dict:
-    """Add the rows to the file of this day and commit, and return its contents."""
-    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ":/", f":!{RESULTS}") else "")
+    """Add the rows, each with our commit, to the file of this day, and return its contents."""
+    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     file = RESULTS / f"cpu-{time.strftime('%Y-%m-%d')}.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
-    if stored.get("commit") != commit:
-        stored = {"commit": commit, "machine": machine() | roofline(args.threads), "models": {}}
+    if not stored:
+        stored = {"machine": machine() | roofline(args.threads), "models": {}}
     model = stored["models"].setdefault(MODELS[size][0], {"rows": {}})
     model |= {key: getattr(args, key) for key in ("threads", "prompt", "decode", "rounds")}
     for one in (ours, *peers):
-        model["rows"][one.name] = one.row()
+        model["rows"][one.name] = {"commit": commit} | one.row()
     file.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"\n{file}", file=sys.stderr)
     return stored

@@ -35,6 +35,6 @@ def draw(results: dict, file: Path) -> None:
             panel.margins(x=0.15)
             panel.spines[["top", "right"]].set_visible(False)
     machine = results["machine"]
-    figure.suptitle(f"{machine['cpu']}, {next(iter(models.values()))['threads']} threads, {results['commit']}; the fastest variant of each library", fontsize=8)
+    figure.suptitle(f"{machine['cpu']}, {next(iter(models.values()))['threads']} threads; the fastest variant of each library", fontsize=8)
     figure.savefig(file, dpi=90)
     plt.close(figure)

@@ -137,6 +137,6 @@ def test_the_plot_takes_the_best_of_each_library(tmp_path):
     }
     assert plot.best(rows, "decode") == [("x\nb", 4.0), ("pyengine", 5.0)]
     assert plot.best(rows, "prefill") == [("pyengine", 50.0), ("x\na", 90.0)]
-    results = {"commit": "abc", "machine": {"cpu": "a CPU"}, "models": {"m": {"threads": 2, "prompt": 512, "decode": 128, "rows": rows}}}
+    results = {"machine": {"cpu": "a CPU"}, "models": {"m": {"threads": 2, "prompt": 512, "decode": 128, "rows": rows}}}
     plot.draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
