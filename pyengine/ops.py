@@ -122,8 +122,8 @@ def _check_rows(name: str, k: Tensor, v: Tensor, slot: Tensor, position: Tensor,
     slots, kv_heads, length, head_dim = k.shape
     for label, t in (("k cache", k), ("v cache", v)):
         check(t, f"{name}: {label}", KV_DTYPE, (slots, kv_heads, length, head_dim))
-        if t.stride(2) != head_dim or t.stride() != k.stride():
-            raise ValueError(f"{name}: {label} must have contiguous heads, laid out as the other one")
+        if t.stride(2) != head_dim or t.stride() != k.stride() or t.stride(1) < length * head_dim:
+            raise ValueError(f"{name}: {label} must have contiguous heads that do not overlap, laid out as the other one")
     _contiguous(slot, f"{name}: slot", int32, (m,))
     _contiguous(position, f"{name}: position", int32, (m,))
 
