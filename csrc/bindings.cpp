@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <pthread.h>
+
 #include <mutex>
+#include <new>
 
 #include "cpu/threads.h"
 #include "dispatch.h"
@@ -15,7 +18,9 @@ using namespace pe;
 namespace {
 
 // Ops of several Python threads run one after another: they share workspaces and the thread pool. Taken without the GIL held.
+// A child forked while another thread ran one would wait for it forever.
 std::mutex running;
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { new (&running) std::mutex; });
 
 // A pointer member as a Python integer.
 template <class Class, class Struct, class T>

@@ -173,8 +173,9 @@ struct alignas(64) Seen {
   float top[kTogether], sum[kTogether];
 };
 
-// Tokens that a kernel takes at a time; it bounds the workspace whatever m is.
+// Tokens that a kernel takes at a time, and one on matrix units: they bound the workspace whatever m is.
 constexpr int64_t kChunk = 256;
+constexpr int64_t kMatrixChunk = 512;
 
 // Bytes of workspace that any kernel may ask for.
 size_t workspace_bytes(const QLinear& op);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ CHUNK = 64 << 20  # of address space; what is never touched takes no memory
 ALIGNMENT = 64  # bytes: a cache line
 
 _chunk = torch.empty(0, dtype=torch.uint8)  # what is left of the last one; tensors keep theirs alive
+_turn = threading.Lock()  # two threads must not be given the same bytes
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,9 +33,10 @@ def packed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialized tensor that lies beside the last one: small weights of one model share their pages."""
     global _chunk
     size = (math.prod(shape) * dtype.itemsize + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    if size > _chunk.numel():
-        _chunk = empty(max(size, CHUNK), dtype=torch.uint8)
-    taken, _chunk = _chunk[:size], _chunk[size:]
+    with _turn:
+        if size > _chunk.numel():
+            _chunk = empty(max(size, CHUNK), dtype=torch.uint8)
+        taken, _chunk = _chunk[:size], _chunk[size:]
     return taken[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
@@ -49,7 +52,8 @@ def workspace(op) -> Tensor:
     """Points an op at scratch memory that all ops share, since they run one after another; keep what it returns as long as the op."""
     global _workspace
     size = op.workspace_bytes() + ALIGNMENT
-    if _workspace.numel() < size:
-        _workspace = empty(size, dtype=torch.uint8)
-    op.workspace = (_workspace.data_ptr() + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    return _workspace
+    room = _workspace  # read once: another thread may put a smaller one in its place at any time
+    if room.numel() < size:
+        _workspace = room = empty(size, dtype=torch.uint8)
+    op.workspace = (room.data_ptr() + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    return room

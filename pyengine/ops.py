@@ -117,8 +117,8 @@ def _cache(name: str, k: Tensor, v: Tensor, kv_scale: tuple[Tensor, Tensor] | No
     cache.bits = 16 if kv_scale is None else 8
     for label, t in (("k cache", k), ("v cache", v)):
         check(t, f"{name}: {label}", KV_DTYPES[cache.bits], (slots, kv_heads, length, head_dim))
-        if t.stride(2) != head_dim or t.stride() != k.stride():
-            raise ValueError(f"{name}: {label} must have contiguous heads, laid out as the other one")
+        if t.stride(2) != head_dim or t.stride() != k.stride() or t.stride(1) < length * head_dim:
+            raise ValueError(f"{name}: {label} must have contiguous heads that do not overlap, laid out as the other one")
     for label, t in zip(("k scale", "v scale"), kv_scale or ()):
         check(t, f"{name}: {label}", float32, (slots, kv_heads, length))
         if tuple(stride * head_dim for stride in t.stride()) != k.stride()[:3]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from weights import MASKS, random_weight
 
-from pyengine import _C, ops
+from pyengine import _C, memory, ops
 from pyengine.linear import Linear
 
 TOKENS = (1, 2, 3, 7, 16, 17, 64, 257)
@@ -204,6 +204,61 @@ def test_qlinear_writes_its_own_columns_only_and_may_add_in_place(kernel):
     expected = layer(x, residual=residual)
     layer(x, residual=residual, out=residual)
     assert torch.equal(residual, expected)
+
+
+GUARDS = []
+
+
+def guarded(op) -> torch.Tensor:
+    """In place of memory.workspace: not a byte more than asked for, and a guard behind them."""
+    size, guard = op.workspace_bytes(), 1 << 16
+    room = torch.full((size + guard + 64,), 0x7F, dtype=torch.uint8)
+    start = -room.data_ptr() % 64
+    op.workspace = room.data_ptr() + start
+    GUARDS.append(room[start + size :])
+    return room
+
+
+@pytest.fixture
+def guards(monkeypatch):
+    monkeypatch.setattr(memory, "workspace", guarded)
+    yield
+    untouched = [bool((g == 0x7F).all()) for g in GUARDS]
+    GUARDS.clear()
+    assert untouched and all(untouched)
+
+
+@pytest.mark.parametrize("kernel", rows("QLinear"))
+def test_a_linear_stays_within_its_workspace(kernel, guards):
+    """The tokens that fill a chunk, with inputs from fewer than any tile on."""
+    for n, k, group in ((1, 2, 2), (32, 7, 7), (32, 8, 8), (3, 33, 33), (64, 320, 32)):
+        for gated in (False, True):
+            if gated and n % 32:
+                continue
+            w = random_weight(n, k, group, 4, True, "sparse")
+            layer, oracle = Linear(w, 16, kernel, gated), Linear(w, 16, "qlinear_reference", gated)
+            for m in (1, 15, 16, 255, 256, 512, 530):
+                x = torch.randn(m, k)
+                assert not takes(kernel, m) or error(layer(x), oracle(x)) <= 10 * bound(kernel), (n, k, m, gated)
+
+
+@pytest.mark.parametrize("kernel", rows("Attention"))
+def test_attention_stays_within_its_workspace(kernel, guards):
+    for share in (1, 4, 5, 16):
+        k, v = kv(2, 2, 513, 32)
+        for m in (1, 15) if kernel != "attention_amx" else (16,):
+            slot, position = torch.ones(m, dtype=torch.int32), torch.full((m,), 512, dtype=torch.int32)
+            q = torch.randn(m, 2 * share * 32)
+            y, expected = (ops.attention(q, k, v, slot, position, 0.2, kernel=name) for name in (kernel, "attention_reference"))
+            assert error(y, expected) <= (1e-2 if kernel == "attention_amx" else 1e-5), (share, m)
+
+
+def test_heads_that_overlap_are_refused():
+    """The workspace counts a head's keys by the stride of the heads."""
+    where, q = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 64)
+    for k in (torch.zeros(1, 1, 600, 32).half().expand(1, 2, 600, 32), torch.zeros(1, 600, 1, 32).half().transpose(1, 2)):
+        with pytest.raises(ValueError, match="do not overlap"):
+            ops.attention(q, k, k, where, where, 1.0)
 
 
 @pytest.mark.parametrize("kernel", rows("QLinear"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 
@@ -103,6 +104,28 @@ def test_a_forked_process_has_threads_of_its_own():
     if child == 0:
         os._exit(0 if torch.equal(layer(x), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_forked_while_another_thread_runs_does_not_wait_for_it():
+    layer, x = Linear(random_weight(512, 512, 32)), torch.randn(64, 512)
+    expected, done = layer(x), threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            layer(x)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)  # ends a child that waits
+                os._exit(0 if torch.equal(layer(x), expected) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_replace_linears_in_a_module():

@@ -20,7 +20,6 @@ using V = Avx512;
 using F = V::F;
 using I = V::I;
 
-constexpr int64_t kTokens = 512;     // of a chunk
 constexpr int64_t kInputs = 320;     // of a block
 constexpr int64_t kOutputs = 32;     // of a block: two tiles, side by side, or one of gates and one of what they gate
 constexpr int64_t kPanel = 1728;     // inputs between two visits of all outputs: 512 tokens of them stay in L2
@@ -75,7 +74,7 @@ struct Block {
   int64_t panel;         // where the panel of this block begins
   bool finishes;         // the panel
   alignas(64) uint16_t w[kInputs / Amx::inputs][2][Amx::elements];       // bf16: step, tile of outputs, 16 pairs of inputs × 16 outputs
-  alignas(64) float sums[kTokens / Amx::rows][2][Amx::rows][V::lanes];  // tile of tokens, tile of outputs
+  alignas(64) float sums[kMatrixChunk / Amx::rows][2][Amx::rows][V::lanes];  // tile of tokens, tile of outputs
 
   Block(const Chunk& chunk, int64_t index, int64_t panel) : chunk(chunk), op(chunk.op), panel(panel) {
     n[0] = op.gated ? index * V::lanes : index * kOutputs, n[1] = n[0] + (op.gated ? op.n / 2 : V::lanes);
@@ -225,8 +224,8 @@ const char* refuses(const QLinear& op) {
 
 // A gated result has no place for sums of a part of the inputs: there fewer tokens keep x within L2.
 void qlinear_amx(const QLinear& op, void*) {
-  const int64_t fit = kTokens * kPanel / op.k / 32 * 32;
-  const int64_t tokens = op.gated ? std::clamp<int64_t>(fit, 128, kTokens) : kTokens;
+  const int64_t fit = kMatrixChunk * kPanel / op.k / 32 * 32;
+  const int64_t tokens = op.gated ? std::clamp<int64_t>(fit, 128, kMatrixChunk) : kMatrixChunk;
   for (int64_t i = 0; i < op.m; i += tokens) Chunk(op, i, std::min(op.m - i, tokens)).run();
 }
 

@@ -135,7 +135,7 @@ int cores() {
 }
 
 std::mutex turn;
-int wanted = cores();
+std::atomic<int> wanted = cores();  // read before the turn is taken
 std::unique_ptr<Pool> pool;
 
 // A forked child inherits no threads: forget the parent's pool (leaked on purpose) and start one when it is needed.
