@@ -49,4 +49,4 @@ def describe(checkpoint: Checkpoint) -> dict:
 def linear_bits(model: torch.nn.Module) -> float:
     """Bits per weight of a loaded model's block linears, with scales, zeros, outliers and their indices."""
     layers = weight_layers(model.blocks)
-    return 8 * sum(m.nbytes for m in layers) / sum(m.in_features * m.out_features for m in layers)
+    return 8 * sum(m.nbytes for m in layers) / sum(m.weights for m in layers)

@@ -23,7 +23,7 @@ class Dense(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.nbytes = weight.numel() * 4
+        self.nbytes, self.weights = weight.numel() * 4, weight.numel()
 
     def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: None = None) -> Tensor:
         y = F.linear(x, self.weight, self.bias)

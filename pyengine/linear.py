@@ -35,7 +35,8 @@ class Linear(nn.Module):
             raise ValueError(f"Linear: {weight.n} outputs cannot be gated, they have no halves")
         weight.check()
         self.in_features, self.out_features = weight.k, weight.n // 2 if gated else weight.n
-        self.bits, self.group, self.outliers, self.nbytes = weight.container, weight.group, weight.outliers, weight.nbytes
+        self.bits, self.group, self.outliers = weight.container, weight.group, weight.outliers
+        self.nbytes, self.weights = weight.nbytes, weight.n * weight.k
         self.kernel = kernel
         self._op = op = _C.QLinear()
         op.n, op.k, op.group, op.bits, op.act_bits = weight.n, weight.k, weight.group, weight.container, act_bits

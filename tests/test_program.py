@@ -10,6 +10,7 @@ from weights import random_weight
 
 from pyengine import ops
 from pyengine.cache import Batch
+from pyengine.inspect import linear_bits
 from pyengine.layers import Dense
 from pyengine.linear import Linear
 from pyengine.loader import load
@@ -52,8 +53,9 @@ def test_a_program_keeps_its_tensors_and_workspace_alive():
 
 
 def test_steps_of_a_quantized_model_are_recorded_and_a_float_model_runs(stories, tmp_path):
-    quantize(stories, tmp_path / "q", method="rtn", group_size=32)
+    report = quantize(stories, tmp_path / "q", method="rtn", group_size=32)
     model = load(tmp_path / "q").model
+    assert linear_bits(model) == pytest.approx(report["bits_per_weight"], rel=1e-3)
     one, two = model.cache(2, 64), model.cache(2, 64)
     tokens, positions = [5, 9, 11, 400], [0, 1, 2, 3]
 
