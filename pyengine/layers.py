@@ -31,7 +31,6 @@ class Dense(nn.Module):
             y += residual
         return y if out is None else out.copy_(y)
 
-
     def kernel_name(self, tokens: int = 1) -> str:
         return "torch"
 

@@ -1,4 +1,4 @@
-"""The AVX-512 and AMX kernels on any machine with AVX2: built on top of emulated instructions, then put through all tests of kernels.
+"""The AVX-512 and AMX kernels on any machine with AVX2: built on top of emulated instructions, then put through the tests of kernels.
 
 It runs where nothing is missing as well, 27 s on two cores: the emulation's tiles fault outside of their begin() and end(), and it must
 not rot where everybody has the hardware.
@@ -31,8 +31,8 @@ def test_emulated_kernels(tmp_path):
     for command in (["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], ["cmake", "--build", build, "--target", "_C"]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     module = next(tmp_path.glob("_C*.so"))
-    tests = [ROOT / "tests" / "test_kernels.py", ROOT / "tests" / "test_kv_cache.py", "-k", "avx512 or amx or packing or packed"]
-    tests += [f"--native-module={module}", "-p", "no:cacheprovider"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, capture_output=True, text=True)
+    tests = [ROOT / "tests" / f"test_{name}.py" for name in ("kernels", "bounds", "kv_cache")]
+    options = ["-k", "avx512 or amx or packing or packed", f"--native-module={module}", "-p", "no:cacheprovider"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *tests, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " skipped" not in done.stdout and " passed" in done.stdout
