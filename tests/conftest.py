@@ -13,6 +13,7 @@ from emu.device import device, kernel_device  # noqa: F401  (fixtures)
 
 def pytest_addoption(parser):
     parser.addoption("--native-module", help="load this file as pyengine._C (test_avx512.py runs the kernel tests on an emulated one)")
+    parser.addoption("--qwen2", metavar="FILE", help="a GGUF of Qwen2.5-Coder-0.5B-Instruct for the tests on the real model")
 
 
 def pytest_configure(config):
@@ -52,6 +53,15 @@ def demo_gguf() -> Path:
         return demo.source()
     except CheckpointError as e:
         pytest.skip(str(e))
+
+
+@pytest.fixture(scope="session")
+def qwen2_gguf(pytestconfig) -> Path:
+    """Half a GB that no package brings in one piece: whoever has it names it."""
+    path = pytestconfig.getoption("--qwen2")
+    if path is None:
+        pytest.skip("no real Qwen2 was given (--qwen2 FILE.gguf)")
+    return Path(path)
 
 
 @pytest.fixture(scope="session", autouse=True)
