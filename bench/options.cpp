@@ -22,6 +22,7 @@ const char* const kHelp = R"(qbench: how fast each kernel of PyEngine's dispatch
   --bits 4|8  --group 32|64|128|0  --act-bits 8|16     of the linears (default 4, 128, 16; group 0 is a whole row)
   --outliers SHARE   of their weights in FP16 (default 0.01)
   --mask skewed|uniform   outliers crowd into some rows and columns, as gradients choose them (default), or not
+  --columns SHARE    of their inputs in FP16 as whole columns (default 0)
   --context N        tokens that a decode step of attention looks back on (default 512)
   --cold MIB         weights and KV cache are copied until they take this much and used in turn, so that they come from memory (default 512).
                      A virtual machine may report the cache of its whole host; what counts is where the read bandwidth stops falling.
@@ -82,6 +83,7 @@ void check(const Options& o) {
   require(s.group == 0 || s.group == 32 || s.group == 64 || s.group == 128,
           "--group is " + std::to_string(s.group) + ", expected 32, 64, 128 or 0");
   require(s.outliers >= 0 && s.outliers <= 0.5, "--outliers is " + std::to_string(s.outliers) + ", expected 0 to 0.5");
+  require(s.columns >= 0 && s.columns <= 0.5, "--columns is " + std::to_string(s.columns) + ", expected 0 to 0.5");
   require_range("--context", s.context, 1, kMostFeatures);
   require_range("--cold", int64_t(o.cold_bytes >> 20), 0, 1 << 16);
   if (o.threads) require_range("--threads", o.threads, 1, pe::kMostThreads);
@@ -112,7 +114,7 @@ std::vector<Spec> layers(const std::string& op, const Model& c, Spec s) {
   if (op == "qlinear") {
     const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
     Spec head = s;  // PyEngine's checkpoints hold the output matrix so
-    head.bits = 8, head.group = 64, head.act_bits = 16, head.outliers = 0;
+    head.bits = 8, head.group = 64, head.act_bits = 16, head.outliers = 0, head.columns = 0;
     return {linear(s, "qkv", q + 2 * kv, c.hidden), linear(s, "o", c.hidden, q), linear(s, "gate_up", 2 * c.ffn, c.hidden),
             linear(s, "down", c.hidden, c.ffn), linear(head, "head", c.vocab, c.hidden)};
   }
@@ -181,6 +183,7 @@ Options parse(int argc, char** argv) {
       {"--act-bits", [&](Text name, Text v) { o.spec.act_bits = number<int>(name, v); }},
       {"--group", [&](Text name, Text v) { o.spec.group = number<int64_t>(name, v); }},
       {"--outliers", [&](Text name, Text v) { o.spec.outliers = number<double>(name, v); }},
+      {"--columns", [&](Text name, Text v) { o.spec.columns = number<double>(name, v); }},
       {"--context", [&](Text name, Text v) { o.spec.context = number<int64_t>(name, v); }},
       {"--cold", [&](Text name, Text v) { o.cold_bytes = size_t(number<uint32_t>(name, v)) << 20; }},
       {"--mask",

@@ -31,19 +31,36 @@ struct Density {
   }
 };
 
+void put_zero_code(const QLinear& op, uint8_t* weight, int64_t r, int64_t c) {
+  if (op.bits == 8) {
+    weight[r * op.k + c] = 128;
+  } else {
+    uint8_t& pair = weight[r * ((op.k + 1) / 2) + c / 2];
+    pair = uint8_t(c % 2 ? (pair & 0x0f) | 0x80 : (pair & 0xf0) | 0x08);
+  }
+}
+
+// Whole inputs, spread evenly: where they lie costs nothing.
+void add_columns(QLinear& op, const Spec& s, uint8_t* weight, std::vector<Buffer>& owned, Random& random) {
+  op.columns = int64_t(s.columns * double(op.k));
+  auto* index = keep<int32_t>(owned, size_t(op.columns));
+  for (int64_t j = 0; j < op.columns; ++j) {
+    index[j] = int32_t(j * op.k / op.columns);
+    for (int64_t r = 0; r < op.n; ++r) put_zero_code(op, weight, r, index[j]);
+  }
+  op.column_index = index;
+  op.column_value = random_halves(owned, random, size_t(op.n * op.columns));
+}
+
 void add_outliers(QLinear& op, const Spec& s, uint8_t* weight, std::vector<Buffer>& owned, Random& random) {
   const Density density(s, random);
   std::vector<int32_t> start(1, 0), columns;
   for (int64_t r = 0; r < op.n; ++r) {
     for (int64_t c = 0; c < op.k; ++c) {
       if (random.uniform() >= std::min(density.fullest, density.row[size_t(r)] * density.column[size_t(c)])) continue;
+      if (std::binary_search(op.column_index, op.column_index + op.columns, int32_t(c))) continue;
       columns.push_back(int32_t(c));
-      if (op.bits == 8) {
-        weight[r * op.k + c] = 128;
-      } else {
-        uint8_t& pair = weight[r * ((op.k + 1) / 2) + c / 2];
-        pair = uint8_t(c % 2 ? (pair & 0x0f) | 0x80 : (pair & 0xf0) | 0x08);
-      }
+      put_zero_code(op, weight, r, c);
     }
     start.push_back(int32_t(columns.size()));
   }
@@ -94,6 +111,7 @@ Problem<QLinear>::Problem(const Spec& s) {
   auto* scale = keep<uint16_t>(owned_, scales);
   for (size_t i = 0; i < scales; ++i) scale[i] = pe::float_to_half(0.002f * (1 + random.uniform()));
   op_.scale = scale;
+  if (s.columns > 0) add_columns(op_, s, weight, owned_, random);
   if (s.outliers > 0) add_outliers(op_, s, weight, owned_, random);
   op_.x = random_floats(owned_, random, size_t(s.m * s.k)), op_.x_stride = s.k;
   op_.y = keep<float>(owned_, size_t(s.m * s.n)), op_.y_stride = s.n;
@@ -102,14 +120,14 @@ Problem<QLinear>::Problem(const Spec& s) {
 
 template <>
 double Problem<QLinear>::operations() const {
-  return 2.0 * double(op_.m) * (double(op_.n) * double(op_.k) + double(outliers_of(op_)));
+  return 2.0 * double(op_.m) * (double(op_.n) * double(op_.k + op_.columns) + double(outliers_of(op_)));
 }
 
 template <>
 double Problem<QLinear>::cold_bytes() const {
   const double weight = double(op_.n) * double(op_.k) * op_.bits / 8, scale = 2.0 * double(op_.n * (op_.k / op_.group));
   const double sparse = op_.outlier_row ? 4.0 * double(op_.n + 1) + double(outliers_of(op_)) * double(column_bytes(op_) + 2) : 0;
-  return weight + scale + sparse;
+  return weight + scale + sparse + double(op_.columns) * (4 + 2.0 * double(op_.n));
 }
 
 template <>
@@ -143,6 +161,16 @@ Prepared<QLinear> Problem<QLinear>::prepare(const Kernel<QLinear>& kernel, size_
     parts.push_back({size.band, band, [](QLinear& o, void* at) { o.outlier_band = static_cast<pe::OutlierBand*>(at); }});
     parts.push_back({size.run, run, [](QLinear& o, void* at) { o.outlier_run = static_cast<pe::OutlierRun*>(at); }});
     parts.push_back({size.vector, vector, [](QLinear& o, void* at) { o.outlier_vector = static_cast<uint8_t*>(at); }});
+  }
+  if (op.columns) {
+    size_t count = size_t(op.n * op.columns);
+    if (op.layout != pe::Layout::canonical) {
+      count = pe::column_count(op_, kernel.layout);
+      auto* value = keep<uint16_t>(prepared.owned, count);
+      pe::pack_columns(op_, kernel.layout, value);
+      op.column_value = value;
+    }
+    parts.push_back({count * 2, op.column_value, [](QLinear& o, void* at) { o.column_value = static_cast<uint16_t*>(at); }});
   }
   if (op.outlier_row) {
     const size_t count = size_t(outliers_of(op));

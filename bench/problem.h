@@ -21,6 +21,7 @@ struct Spec {
   int64_t group = 128;
   int bits = 4, act_bits = 16;
   double outliers = 0.01;
+  double columns = 0;   // share of the inputs that stay FP16 whole
   bool skewed = true;  // outliers crowd into some rows and columns, as masks chosen by gradients do; else each weight has the same chance
 };
 

@@ -151,7 +151,7 @@ std::string json(const Line& l) {
   whole("m", s.m);
   if (s.k) {
     whole("n", s.n), whole("k", s.k), whole("bits", s.bits), whole("act_bits", s.act_bits), whole("group", s.group);
-    add("outliers", real(s.outliers)), add("mask", s.skewed ? "\"skewed\"" : "\"uniform\"");
+    add("outliers", real(s.outliers)), add("columns", real(s.columns)), add("mask", s.skewed ? "\"skewed\"" : "\"uniform\"");
   } else if (l.op == "attention" || l.op == "rope_kv") {
     whole("heads", s.heads), whole("kv_heads", s.kv_heads), whole("head_dim", s.head_dim), whole("context", s.m > 16 ? s.m : s.context);
   } else {

@@ -100,6 +100,12 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
     pack_outlier_bands(q, Layout(layout), reinterpret_cast<OutlierBand*>(band), reinterpret_cast<OutlierRun*>(run), reinterpret_cast<uint8_t*>(vector));
   });
   pointer(c, "outlier_offset", &QLinear::outlier_offset), pointer(c, "outlier_entry", &QLinear::outlier_entry), dtype(c, &QLinear::dtype);
+  c.def_readwrite("columns", &QLinear::columns), pointer(c, "column_index", &QLinear::column_index);
+  pointer(c, "column_value", &QLinear::column_value);
+  c.def("column_count", [](const QLinear& q, int layout) { return column_count(q, Layout(layout)); });
+  c.def("pack_columns", [](const QLinear& q, int layout, uintptr_t value) {
+    pack_columns(q, Layout(layout), reinterpret_cast<uint16_t*>(value));
+  });
   c.def("workspace_bytes", [](const QLinear& q) { return workspace_bytes(q); });
   c.def("target_layout", [](const QLinear& q, const std::string& kernel) { return int(choose(q, kernel).layout); }, py::arg("kernel") = "");
   c.def("packed_bytes", [](const QLinear& q, int layout) {

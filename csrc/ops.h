@@ -41,11 +41,11 @@ struct OutlierRun {
   uint32_t row, vectors;    // row within the band
 };
 
-// y[m,n] = x[m,k] · w[n,k]ᵀ (+ bias) (+ residual),  w = scale · (code − zero), outlier values in their places.
+// y[m,n] = x[m,k] · w[n,k]ᵀ (+ bias) (+ residual),  w = scale · (code − zero), outlier values and whole columns in their places.
 // gated: y[m,n/2] = silu(g) · u instead, where g and u are the first and the second half of those n columns; no residual.
 // act_bits 16: a kernel may use x as f32, as 16-bit fixed point with a scale a group, or (from 16 tokens on) x and w as bf16.
 // act_bits 8: each token is quantized to codes in −127…127 with scale max|x|/127, the products with the weight's codes are summed
-// exactly in int32 over a group; outliers multiply the unquantized x. A token with NaN or infinity gives NaN.
+// exactly in int32 over a group; outliers and columns multiply the unquantized x. A token with NaN or infinity gives NaN.
 // Bound on ‖y − oracle‖ / ‖oracle‖ for normally distributed x: 1e-5 with f32 or 8-bit codes, 1e-4 with fixed point (an input that
 // towers over its group costs the others of the group digits), 5e-3 with bf16.
 // For f16 and bf16 the sums are f32; codes, zeros and outliers are exact where weights go from registers into the tensor cores, and
@@ -82,6 +82,11 @@ struct QLinear {
   // instruction yields): entry = value << 16 | output in the band << 12 | input modulo 4096, by output and input within a tile.
   const uint32_t* outlier_offset = nullptr;  // [n/16 · k/64 + 1], n and k padded to 64: where each tile begins, band by band
   const uint32_t* outlier_entry = nullptr;   // [nnz padded to 4 with zeros], 16-byte aligned
+  // Whole inputs kept in f16: input column_index[j] has the weights column_value[:, j]. Nullable together. Their dense codes are zero codes,
+  // and no outlier lies in them, so that adding is replacing here too. Beside a tile layout the values lie as the weights' lanes do.
+  int64_t columns = 0;
+  const int32_t* column_index = nullptr;   // [columns], ascending
+  const uint16_t* column_value = nullptr;  // f16[n, columns]; f16[n/R][columns][R] beside tileR, n padded to R with 0
   void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned; for CUDA zeroed before its first use, and one a stream
 };
 
@@ -197,6 +202,10 @@ struct OutlierBytes {
 };
 OutlierBytes outlier_band_bytes(const QLinear& op, Layout layout);
 void pack_outlier_bands(const QLinear& op, Layout layout, OutlierBand* band, OutlierRun* run, uint8_t* vector);
+
+// Values in column_value beside a tile layout, and their packing from canonical ones.
+size_t column_count(const QLinear& op, Layout layout);
+void pack_columns(const QLinear& op, Layout layout, uint16_t* value);
 
 // Layout mma: numbers of u32 in the lists of outliers, and the lists from the CSR of `op` and back.
 struct OutlierCounts {

@@ -89,6 +89,15 @@ void pack(const QLinear& op, Layout layout, uint8_t* weight, void* scale, uint8_
   tile_all(op, rows, scale, zero, false);
 }
 
+size_t column_count(const QLinear& op, Layout layout) { return size_t(round_up(op.n, int64_t(layout)) * op.columns); }
+
+void pack_columns(const QLinear& op, Layout layout, uint16_t* value) {
+  const int64_t rows = int64_t(layout);
+  std::memset(value, 0, column_count(op, layout) * sizeof *value);
+  for (int64_t r = 0; r < op.n; ++r)
+    for (int64_t j = 0; j < op.columns; ++j) value[(r / rows * op.columns + j) * rows + r % rows] = op.column_value[r * op.columns + j];
+}
+
 void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
   if (op.layout == Layout::mma) return mma::unpack(op, weight, scale, zero);
   const int64_t rows = int64_t(op.layout), width = op.bits == 8 ? op.k : (op.k + 1) / 2;
@@ -105,12 +114,12 @@ void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
 }
 
 // Per token of a chunk: x as f32 and as two planes of i8, each padded to 8 inputs, two sums and a scale a group, x transposed in blocks
-// of 16, and the columns that are still to be gated. Matrix units: x as bf16 in tiles of 16 × 32, which is more where k is tiny.
+// of 16, the inputs of f16 columns, and the outputs that are still to be gated. Matrix units: x as bf16 in tiles of 16 × 32, which is more where k is tiny.
 size_t workspace_bytes(const QLinear& op) {
   if (op.layout == Layout::mma) return mma::workspace_bytes(op);
   const size_t m = size_t(round_up(std::min(op.m, kChunk), 16)), k = size_t(round_up(op.k, 8)), groups = size_t(op.k / op.group);
   const size_t tiles = size_t(round_up(std::min(op.m, kMatrixChunk), 16) * round_up(op.k, 32)) * 2;
-  return std::max(m * (k * 4 + 2 * k + groups * 12 + k * 4 + (op.gated ? size_t(op.n) * 4 : 0)) + 6 * 64, tiles);
+  return std::max(m * (k * 4 + 2 * k + groups * 12 + k * 4 + size_t(op.columns) * 4 + (op.gated ? size_t(op.n) * 4 : 0)) + 7 * 64, tiles);
 }
 
 size_t workspace_bytes(const Attention& op) {

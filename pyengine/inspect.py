@@ -24,7 +24,7 @@ def describe(checkpoint: Checkpoint) -> dict:
         size = t.numel() * t.element_size()
         if name.startswith(linears):
             linear_bytes += size
-            outliers += t.numel() if name.endswith(".outlier_value") else 0
+            outliers += t.numel() if name.endswith((".outlier_value", ".column_value")) else 0
     on_disk = sum(f.stat().st_size for f in checkpoint.files)
     if checkpoint.format == "gguf":  # its tensors come dequantized: the file itself tells what a weight costs there
         linear_bytes = None

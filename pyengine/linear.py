@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import _C, memory, ops
 from .qtensor import QTensor, fit_group
 
-CANONICAL = ("weight", "scale", "zero")  # tensors that are packed anew for most kernels
+CANONICAL = ("weight", "scale", "zero", "column_value")  # tensors that are packed anew for most kernels
 
 
 class Linear(nn.Module):
@@ -36,11 +36,12 @@ class Linear(nn.Module):
         weight.check()
         self.in_features, self.out_features = weight.k, weight.n // 2 if gated else weight.n
         self.bits, self.group, self.outliers = weight.container, weight.group, weight.outliers
+        self.columns = weight.columns
         self.nbytes, self.weights = weight.nbytes, weight.n * weight.k
         self.kernel = kernel
         self._op = op = _C.QLinear()
         op.n, op.k, op.group, op.bits, op.act_bits = weight.n, weight.k, weight.group, weight.container, act_bits
-        op.scale_f32, op.gated = weight.scale.dtype == torch.float32, gated
+        op.columns, op.scale_f32, op.gated = weight.columns, weight.scale.dtype == torch.float32, gated
         self._keep(weight)
         layout = op.target_layout(kernel)
         if layout:
@@ -53,6 +54,8 @@ class Linear(nn.Module):
         row, value = (w.outlier_row, w.outlier_value) if w.outliers else (None, None)
         tensors = {"weight": w.weight, "scale": w.scale, "zero": w.zero, "bias": bias}
         tensors |= {"outlier_row": row, "outlier_col": col, "outlier_value": value}
+        if w.columns:
+            tensors |= {"column_index": w.column_index, "column_value": w.column_value}
         self._tensors = {name: None if t is None else t.contiguous() if name in CANONICAL else memory.pack(t) for name, t in tensors.items()}
         for name, t in self._tensors.items():
             setattr(self._op, name, 0 if t is None else t.data_ptr())
@@ -96,7 +99,7 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, group={self.group}, "
-            f"outliers={self.outliers}, act_bits={self._op.act_bits}, gated={self._op.gated}, kernel={self.kernel or 'the best'}"
+            f"outliers={self.outliers}, columns={self.columns}, act_bits={self._op.act_bits}, gated={self._op.gated}, kernel={self.kernel or 'the best'}"
         )
 
     @classmethod
@@ -120,14 +123,15 @@ def stack(parts: Sequence[QTensor]) -> QTensor | None:
     alike = all(
         (p.k, p.group, p.container, p.scale.dtype, p.zero is None, p.bias is None)
         == (first.k, first.group, first.container, first.scale.dtype, first.zero is None, first.bias is None)
+        and (torch.equal(p.column_index, first.column_index) if p.columns and first.columns else p.columns == first.columns)
         for p in parts
     )
     if not alike:
         return None
-    joined = {key: torch.cat([getattr(p, key) for p in parts]) for key in ("weight", "scale", "zero", "bias") if getattr(first, key) is not None}
+    joined = {key: torch.cat([getattr(p, key) for p in parts]) for key in ("weight", "scale", "zero", "bias", "column_value") if getattr(first, key) is not None}
     if any(p.outliers for p in parts):
         joined |= _stack_outliers(parts)
-    return QTensor(k=first.k, name=first.name, **joined)
+    return QTensor(k=first.k, name=first.name, column_index=first.column_index, **joined)
 
 
 def _stack_outliers(parts: Sequence[QTensor]) -> dict[str, Tensor]:

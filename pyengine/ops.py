@@ -187,6 +187,9 @@ def pack(op: _C.QLinear, layout: int) -> dict[str, Tensor | None]:
         parts = [memory.packed((size,), uint8) for size in op.outlier_band_bytes(layout)]
         op.pack_outlier_bands(layout, *(t.data_ptr() for t in parts))
         tensors |= dict(zip(("outlier_band", "outlier_run", "outlier_vector"), parts))
+    if op.columns:
+        tensors["column_value"] = memory.packed((2 * op.column_count(layout),), uint8)
+        op.pack_columns(layout, tensors["column_value"].data_ptr())
     for name, t in tensors.items():
         setattr(op, name, 0 if t is None else t.data_ptr())
     op.layout = layout

@@ -1,6 +1,6 @@
 """The quantized-weight format: what it holds, what must be true of it, and how it turns back into floats.
 
-    w[j, c] = scale[j, c // group] * (code[j, c] - zero[j, c // group]),   then outlier values replace w at their places
+    w[j, c] = scale[j, c // group] * (code[j, c] - zero[j, c // group]),   then outlier values and columns replace w at their places
 
 `csrc/ops.h` states the same layout for the kernels. Checkpoints hold exactly these tensors under `<module>.`;
 what a kernel wants otherwise is repacked at load (`csrc/pack.cpp`) and never saved.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-KEYS = ("weight", "scale", "zero", "outlier_row", "outlier_col", "outlier_value", "bias")
+KEYS = ("weight", "scale", "zero", "outlier_row", "outlier_col", "outlier_value", "column_index", "column_value", "bias")
 GROUPS = (128, 64, 32)  # group sizes with kernels, largest first; 0 means one group a row
 BITS = (2, 3, 4, 8)
 
@@ -53,6 +53,7 @@ class QTensor:
     scale  f16|f32[n, k/group]
     zero   u8[n, k/group] or None       None means 2**(container-1): 8 or 128
     outlier_row i32[n+1], outlier_col u16|i32[nnz], outlier_value f16[nnz]   CSR, columns ascending in a row, or all None
+    column_index i32[c], column_value f16[n, c]   inputs that are kept whole in f16, ascending, without CSR outliers; or both None
     bias   f16[n] or None
     """
 
@@ -63,6 +64,8 @@ class QTensor:
     outlier_row: Tensor | None = None
     outlier_col: Tensor | None = None
     outlier_value: Tensor | None = None
+    column_index: Tensor | None = None
+    column_value: Tensor | None = None
     bias: Tensor | None = None
     name: str = field(default="weight", compare=False)
 
@@ -82,6 +85,11 @@ class QTensor:
     @property
     def outliers(self) -> int:
         return 0 if self.outlier_value is None else self.outlier_value.numel()
+
+    @property
+    def columns(self) -> int:
+        """Inputs that are kept whole in f16."""
+        return 0 if self.column_index is None else self.column_index.numel()
 
     @property
     def nbytes(self) -> int:
@@ -125,8 +133,27 @@ class QTensor:
             self._expect("bias", (torch.float16,), (n,))
             if not torch.isfinite(self.bias).all():
                 self._fail("bias", "contains NaN or infinite values")
+        self._check_columns(n)
         self._check_outliers(n)
         return self
+
+    def _check_columns(self, n: int) -> None:
+        if self.column_index is None and self.column_value is None:
+            return
+        if self.column_index is None or self.column_value is None:
+            raise CheckpointError(f"{self.name}: column_index and column_value must exist together")
+        self._expect("column_index", (torch.int32,), (self.columns,))
+        self._expect("column_value", (torch.float16,), (n, self.columns))
+        if not self.columns:
+            self._fail("column_index", "is empty; without columns neither tensor is there")
+        index = self.column_index.long()
+        if int(index.min()) < 0 or int(index.max()) >= self.k:
+            self._fail("column_index", f"column {int(index.max())} is out of range for k = {self.k}")
+        if (index.diff() <= 0).any():
+            self._fail("column_index", "columns must rise strictly")
+        if not torch.isfinite(self.column_value).all():
+            self._fail("column_value", "contains NaN or infinite values")
+        self._check_zero_codes(*(t.flatten() for t in torch.meshgrid(torch.arange(n), index, indexing="ij")), "column")
 
     def _check_outliers(self, n: int) -> None:
         parts = (self.outlier_row, self.outlier_col, self.outlier_value)
@@ -151,14 +178,20 @@ class QTensor:
             self._fail("outlier_col", "columns of a row must rise strictly")
         if not torch.isfinite(self.outlier_value).all():
             self._fail("outlier_value", "contains NaN or infinite values")
+        if self.columns and (twice := torch.isin(col, self.column_index.long())).any():
+            self._fail("outlier_col", f"column {int(col[twice][0])} is kept whole in column_value")
+        self._check_zero_codes(owner, col, "outlier")
+
+    def _check_zero_codes(self, row: Tensor, col: Tensor, what: str) -> None:
+        """The dense codes at what is kept in f16, places row i64[p] and col i64[p], must add nothing."""
         if self.container == 8:
-            codes = self.weight[owner, col]
+            codes = self.weight[row, col]
         else:
-            codes = (self.weight[owner, col // 2] >> (4 * (col % 2)).to(torch.uint8)) & 15
-        zeros = self.zero_codes()[owner, col // self.group]
+            codes = (self.weight[row, col // 2] >> (4 * (col % 2)).to(torch.uint8)) & 15
+        zeros = self.zero_codes()[row, col // self.group]
         if (codes != zeros).any():
             at = int((codes != zeros).nonzero()[0])
-            self._fail("weight", f"code {int(codes[at])} at outlier ({int(owner[at])}, {int(col[at])}), expected the zero code {int(zeros[at])}")
+            self._fail("weight", f"code {int(codes[at])} at {what} ({int(row[at])}, {int(col[at])}), expected the zero code {int(zeros[at])}")
 
     def _expect(self, key: str, dtypes: tuple, shape: tuple | None) -> None:
         t = getattr(self, key)
@@ -184,6 +217,8 @@ class QTensor:
         zero = 1 << (self.container - 1) if self.zero is None else self.zero[rows].float().unsqueeze(2)
         centred = codes.float().unflatten(1, (-1, self.group)) - zero
         w = (centred * self.scale[rows].float().unsqueeze(2)).flatten(1)
+        if self.columns:
+            w[:, self.column_index.long()] = self.column_value[rows].float()
         if self.outliers:
             picked = torch.arange(self.n)[rows]
             counts = self.outlier_row.diff()[picked]

@@ -191,7 +191,7 @@ def report(model: FloatModel, spec: Spec, sizes: dict[str, int], groups: dict[in
     return {
         "method": spec.method,
         "bits_per_weight": 8 * total("") / weights,
-        "outlier_share": total(".outlier_value") / 2 / weights,
+        "outlier_share": total(".outlier_value", ".column_value") / 2 / weights,
         "size_bytes": sum(sizes.values()),
         "group_sizes": {str(k): group for k, group in groups.items()},
         "seconds": seconds,

@@ -83,6 +83,30 @@ def test_a_gated_result_is_silu_of_the_first_half_times_the_second(kernel):
         Linear(random_weight(5, 64, 32), gated=True)
 
 
+@pytest.mark.parametrize("act_bits", (16, 8))
+@pytest.mark.parametrize("kernel", ["qlinear_reference", *rows("QLinear")])
+def test_whole_columns(kernel, act_bits):
+    """Beside outliers and alone, first and last input among them, more than a panel of the matrix kernel holds; gated, in any batch."""
+    if not takes(kernel, act_bits=act_bits):
+        return
+    for n, k, group, columns, mask in ((1, 32, 32, 1, "none"), (35, 37, 37, 37, "none"), (100, 576, 64, 12, "sparse"), (40, 4096, 128, 90, "sparse")):
+        w = random_weight(n, k, group, 4, True, mask, bias=True, columns=columns)
+        layer, plain = Linear(w, act_bits, kernel), Linear(w, act_bits, "qlinear_reference")
+        x, residual = torch.randn(18, k), torch.randn(18, n)
+        expected = plain(x)
+        if act_bits == 16:
+            assert error(expected, x.double() @ w.dequantize().double().T + w.bias.double()) <= 1e-6
+        for m in (1, 3, 7, 16, 18):
+            if not takes(kernel, m, act_bits):
+                continue
+            limit = bound(kernel, act_bits) * (1 if m * n >= 64 else 10)
+            assert error(layer(x[:m]), expected[:m]) <= limit, (n, k, m)
+            assert torch.equal(layer(x[:m], residual=residual[:m]), layer(x, residual=residual)[:m]), (n, k, m)
+    w = random_weight(64, 96, 32, mask="sparse", columns=3)
+    y, expected = (Linear(w, act_bits, name, gated=True)(torch.ones(16, 96) / 9) for name in (kernel, "qlinear_reference"))
+    assert error(y, expected) <= 3 * bound(kernel, act_bits)
+
+
 @pytest.mark.parametrize("kernel", rows("QLinear"))
 def test_many_inputs_and_tokens(kernel):
     """More inputs than a panel and more tokens than a chunk of the matrix kernel; outliers at both ends of every part."""

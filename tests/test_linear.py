@@ -16,6 +16,7 @@ import pyengine
 from pyengine import ops
 from pyengine.layers import Dense, Embedding, SideBySide, linear
 from pyengine.linear import Linear, replace_linears, stack
+from pyengine.quant.common import Spec, quantize_matrix
 
 
 def test_from_float_keeps_what_the_weights_say():
@@ -157,6 +158,15 @@ def test_stacked_weights_give_the_same_bits():
     assert whole.outliers == sum(p.outliers for p in parts)
 
 
+def test_stacked_columns():
+    parts = [random_weight(n, 96, 32, mask=mask, columns=4) for n, mask in ((33, "sparse"), (16, "none"))]
+    assert stack(parts) is None  # each has columns of its own
+    q = quantize_matrix(torch.randn(49, 96), Spec(group_size=32), columns=torch.tensor([3, 8, 95]))
+    parts = [quantize_matrix(w, Spec(group_size=32), columns=torch.tensor([3, 8, 95])) for w in q.dequantize().split((33, 16))]
+    x = torch.randn(5, 96)
+    assert torch.equal(Linear(stack(parts).check())(x), torch.cat([Linear(p)(x) for p in parts], 1))
+
+
 def test_formats_that_differ_stand_side_by_side():
     parts = [random_weight(33, 96, 32, bits=4), random_weight(16, 96, 32, bits=8), random_weight(7, 96, 96)]
     assert stack(parts) is None
@@ -175,7 +185,8 @@ def test_dense_and_embedding():
     assert torch.allclose(Dense(w, b)(x, residual=residual), expected, atol=1e-6)
     q = random_weight(50, 64, 32, bits=8, mask="sparse")
     token = torch.tensor([3, 3, 49])
-    for table in (Linear(q), q.dequantize()):
+    whole = random_weight(50, 64, 32, bits=8, mask="sparse", columns=4)
+    for table, q in ((Linear(q), q), (q.dequantize(), q), (Linear(whole), whole), (Linear(whole, kernel="qlinear_reference"), whole)):
         assert torch.equal(Embedding(table)(token, torch.empty(3, 64)), q.dequantize()[token])
 
 

@@ -16,7 +16,8 @@ NAMES = {"QLinear": "qlinear", "Embedding": "embedding", "RmsNorm": "rmsnorm", "
 TABLE = [{"op": NAMES[op], **row} for op, rows in ops.kernels().items() for row in rows]
 # One shape and options of a linear that every kind of row takes, and shapes of the others, small and uneven.
 PROBLEMS = {
-    "qlinear": [["--shape", "5,72,256"], ["--shape", "1,40,64", "--group", "32", "--outliers", "0.2"], ["--shape", "300,33,128", "--mask", "uniform"]],
+    "qlinear": [["--shape", "5,72,256"], ["--shape", "1,40,64", "--group", "32", "--outliers", "0.2"], ["--shape", "300,33,128", "--mask", "uniform"],
+                ["--shape", "17,72,256", "--columns", "0.05"]],
     "rmsnorm": [["--shape", "3,577"]],
     "silu_mul": [["--shape", "3,100"]],
     "rope_kv": [["--shape", "3,6,2,64", "--context", "70"], ["--shape", "40,6,2,64"]],
@@ -103,6 +104,7 @@ def test_text_has_a_line_for_each_row():
         (["--op", "qlinear", "--shape", "1,1048576,1048576"], 1, "too large"),
         (["--op", "attention", "--shape", "1,5,2,64"], 1, "5 heads cannot share 2"),
         (["--outliers", "nan"], 1, "expected 0 to 0.5"),
+        (["--columns", "0.6"], 1, "expected 0 to 0.5"),
         (["--bits", "3"], 1, "expected 4 or 8"),
         (["--threads", "0"], 1, "expected 1 to 1024"),
     ],

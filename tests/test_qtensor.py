@@ -16,7 +16,7 @@ from pyengine.qtensor import GROUPS, KEYS, QTensor, fit_group, pack_codes, unpac
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("bits", (4, 8))
 def test_dequantize_follows_the_formula(bits, mask):
-    w = random_weight(35, 96, 32, bits, asymmetric=True, mask=mask)
+    w = random_weight(35, 96, 32, bits, asymmetric=True, mask=mask, columns=5)
     codes = unpack_codes(w.weight, w.k, bits)
     expected = torch.empty(35, 96)
     for j in range(35):
@@ -26,6 +26,8 @@ def test_dequantize_follows_the_formula(bits, mask):
         for j in range(35):
             for e in range(int(w.outlier_row[j]), int(w.outlier_row[j + 1])):
                 expected[j, int(w.outlier_col[e])] = w.outlier_value[e].float()
+    for i, c in enumerate(w.column_index):
+        expected[:, c] = w.column_value[:, i].float()
     assert torch.equal(w.dequantize(), expected)
     rows = torch.tensor([4, 4, 34, 0])
     assert torch.equal(w.dequantize(rows), expected[rows])
@@ -44,7 +46,7 @@ def test_fit_group():
 
 
 def broken(change) -> QTensor:
-    w = random_weight(16, 64, 32, asymmetric=True, mask="sparse", bias=True)
+    w = random_weight(16, 64, 32, asymmetric=True, mask="sparse", bias=True, columns=3)
     w.name = "model.layers.0.mlp.down_proj"
     assert w.outliers > 2
     change(w)
@@ -78,6 +80,15 @@ BROKEN = {
     "outlier_row: must rise from 0 to": lambda w: setattr(w, "outlier_row", put(w.outlier_row, 16, 1)),
     "outlier_row: shape": lambda w: setattr(w, "outlier_row", w.outlier_row[1:]),
     "outlier_value: contains NaN": lambda w: setattr(w, "outlier_value", put(w.outlier_value, 0, torch.nan)),
+    "column_index: column 64 is out of range": lambda w: setattr(w, "column_index", put(w.column_index, 2, 64)),
+    "column_index: columns must rise": lambda w: setattr(w, "column_index", w.column_index[[0, 2, 1]]),
+    "column_index: dtype int64": lambda w: setattr(w, "column_index", w.column_index.long()),
+    "column_index: is empty": lambda w: (setattr(w, "column_index", w.column_index[:0]), setattr(w, "column_value", w.column_value[:, :0])),
+    r"column_value: shape \[16, 2\]": lambda w: setattr(w, "column_value", w.column_value[:, 1:]),
+    "column_value: contains NaN": lambda w: setattr(w, "column_value", put(w.column_value, (3, 1), torch.inf)),
+    "code .* at column": lambda w: setattr(w, "weight", put(w.weight, (7, int(w.column_index[1]) // 2), int(w.weight[7, int(w.column_index[1]) // 2]) ^ 17)),
+    "is kept whole in column_value": lambda w: setattr(w, "outlier_col", put(w.outlier_col, 0, int(w.column_index[0]))),
+    "column_index and column_value must exist together": lambda w: setattr(w, "column_value", None),
     "must exist together": lambda w: setattr(w, "outlier_col", None),
 }
 

@@ -26,15 +26,20 @@ def outlier_mask(kind: str, n: int, k: int) -> torch.Tensor:
     return mask
 
 
-def random_weight(n: int, k: int, group: int, bits: int = 4, asymmetric: bool = False, mask: str = "none", bias: bool = False, scale_f32: bool = False) -> QTensor:
+def random_weight(
+    n: int, k: int, group: int, bits: int = 4, asymmetric: bool = False, mask: str = "none", bias: bool = False, scale_f32: bool = False, columns: int = 0
+) -> QTensor:
     codes = torch.randint(0, 1 << bits, (n, k)).to(torch.uint8)
     groups = k // group
     zero = torch.randint(0, 1 << bits, (n, groups)).to(torch.uint8) if asymmetric else None
     zeros = zero if asymmetric else torch.full((n, groups), 1 << (bits - 1), dtype=torch.uint8)
-    chosen = outlier_mask(mask, n, k)
-    codes = torch.where(chosen, zeros.repeat_interleave(group, 1), codes)
+    chosen, whole = outlier_mask(mask, n, k), torch.zeros(k, dtype=torch.bool)
+    if columns:
+        whole[torch.randperm(k)[:columns]] = True
+        chosen &= ~whole
+    codes = torch.where(chosen | whole, zeros.repeat_interleave(group, 1), codes)
     outliers = outliers_from_mask(torch.randn(n, k), chosen) if chosen.any() else (None, None, None)
     scale = torch.rand(n, groups) * 0.1 + 0.01
-    return QTensor(
-        k, pack_codes(codes, bits), scale if scale_f32 else scale.half(), zero, *outliers, bias=torch.randn(n).half() if bias else None
-    ).check()
+    kept = {"column_index": whole.nonzero().flatten().int(), "column_value": torch.randn(n, columns).half()} if columns else {}
+    scale = scale if scale_f32 else scale.half()
+    return QTensor(k, pack_codes(codes, bits), scale, zero, *outliers, **kept, bias=torch.randn(n).half() if bias else None).check()

@@ -36,6 +36,8 @@ struct TableRow {
       const int z = zero(g);
       for (int64_t c = g * table.group; c < (g + 1) * table.group; ++c) y[c] = float(code(c) - z) * s;
     }
+    for (int64_t j = 0; j < table.columns; ++j)
+      y[table.column_index[j]] = half_to_float(table.column_value[(r / lanes() * table.columns + j) * lanes() + r % lanes()]);
     if (!table.outlier_row) return;
     for (int64_t e = table.outlier_row[r]; e < table.outlier_row[r + 1]; ++e) {
       const int64_t c = table.k > 65536 ? static_cast<const int32_t*>(table.outlier_col)[e] : static_cast<const uint16_t*>(table.outlier_col)[e];

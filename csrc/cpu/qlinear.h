@@ -40,6 +40,7 @@ struct QLinearTile {
   int8_t* x_code;              // [2][m][k8]
   void* x_sum;                 // [2][m][groups], i32; f32[m][groups] without planes
   float* x_scale;              // [m][groups]
+  float* x_column;             // [m][columns]
   float* ungated;              // [m][n], only where the result is gated
 
   QLinearTile(const QLinear& op, int64_t first, int64_t m) : op(op), m(m), first(first) {
@@ -52,6 +53,7 @@ struct QLinearTile {
     x_code = reinterpret_cast<int8_t*>(take(2 * rows * k8));
     x_sum = take(2 * rows * groups * 4);
     x_scale = reinterpret_cast<float*>(take(rows * groups * 4));
+    x_column = reinterpret_cast<float*>(take(rows * op.columns * 4));
     ungated = reinterpret_cast<float*>(at);
   }
 
@@ -126,6 +128,7 @@ struct QLinearTile {
           if (k8 != op.k) pad(i);
           sum_groups(i);
         }
+        for (int64_t j = 0; j < op.columns; ++j) x_column[i * op.columns + j] = x_row(i)[op.column_index[j]];
       }
     });
     if (op.outlier_band && m >= kBatch) {
@@ -227,7 +230,21 @@ struct QLinearTile {
           total[a][b] = V::fma(sum[a][b], planes ? V::mul(scale, V::set(x_scale[(i + a) * groups + g])) : scale, total[a][b]);
       }
     }
+    add_columns<M, T>(total, i, t);
     each<M, T>([&](int a, int b) { finish(i + a, t + b, total[a][b]); });
+  }
+
+  // The inputs that stayed f16: a short stream of lanes behind the tile's codes.
+  template <int M, int T>
+  void add_columns(F (&total)[M][T], int64_t i, int64_t t) const {
+    for (int64_t j = 0; j < op.columns; ++j) {
+      F w[T];
+      for (int b = 0; b < T; ++b) w[b] = V::load_half(op.column_value + ((t + b) * op.columns + j) * V::lanes);
+      for (int a = 0; a < M; ++a) {
+        const F x = V::set(x_column[(i + a) * op.columns + j]);
+        for (int b = 0; b < T; ++b) total[a][b] = V::fma(w[b], x, total[a][b]);
+      }
+    }
   }
 
   void finish(int64_t i, int64_t t, F v) const {

@@ -129,18 +129,33 @@ struct Block {
       const int32_t stop = op.outlier_row[output(r) + 1];
       int32_t e = next[r];
       for (int64_t c; e < stop && (c = column(e)) < end * Amx::inputs; ++e) {
-        const uint32_t bits = __builtin_bit_cast(uint32_t, V::half(op.outlier_value[e]));
-        const uint16_t value = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // a half is finite and far below bf16's limit
-        w[c / Amx::inputs - begin][r / V::lanes][c % Amx::inputs / 2 * 2 * V::lanes + r % V::lanes * 2 + c % 2] = value;
+        put(r, c, op.outlier_value[e]);
       }
       next[r] = e;
     }
+  }
+
+  // The weight of output(r) and input c of this block.
+  void put(int64_t r, int64_t c, uint16_t half) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, V::half(half));
+    const uint16_t value = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // a half is finite and far below bf16's limit
+    w[c / Amx::inputs - begin][r / V::lanes][c % Amx::inputs / 2 * 2 * V::lanes + r % V::lanes * 2 + c % 2] = value;
+  }
+
+  void place_columns() {
+    const int32_t *last = op.column_index + op.columns, *at = std::lower_bound(op.column_index, last, int32_t(begin * Amx::inputs));
+    for (; at < last && *at < end * Amx::inputs; ++at)
+      for (int64_t r = 0; r < kOutputs && n[r / V::lanes] < op.n; ++r) {
+        const int64_t tile = n[r / V::lanes] / V::lanes, j = at - op.column_index;
+        put(r, *at, op.column_value[(tile * op.columns + j) * V::lanes + r % V::lanes]);
+      }
   }
 
   void fill(int64_t from, int64_t to, int32_t (&next)[kOutputs]) {
     begin = from, end = to;
     for (int64_t t = 0; t < 2 && n[t] < op.n; ++t) op.bits == 4 ? dequantize<4>(t) : dequantize<8>(t);
     if (op.outlier_row) place_outliers(next);
+    if (op.columns) place_columns();
   }
 
   // ---- products: A tiles of tokens from tile t on, B tiles of outputs

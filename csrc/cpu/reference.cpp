@@ -73,6 +73,7 @@ double output(const Weights& w, const Codes& token, const float* x, int64_t r) {
   double y = dot(w, token, x, r);
   if (op.outlier_row)
     for (int64_t e = op.outlier_row[r]; e < op.outlier_row[r + 1]; ++e) y += double(half_to_float(op.outlier_value[e])) * x[w.column(e)];
+  for (int64_t j = 0; j < op.columns; ++j) y += double(half_to_float(op.column_value[r * op.columns + j])) * x[op.column_index[j]];
   return op.bias ? y + op.bias[r] : y;
 }
 

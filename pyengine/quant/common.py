@@ -112,23 +112,31 @@ def round_codes(w: Tensor, scale: Tensor, zero: Tensor | None, bits: int, contai
     return codes.flatten(1).to(torch.uint8)
 
 
-def quantize_matrix(w: Tensor, spec: Spec, mask: Tensor | None = None, bias: Tensor | None = None, name: str = "weight") -> QTensor:
-    """Round f32 w[n, k] onto the grid that `spec` asks for; where mask[n, k] is true the weight is stored in float16.
-
-    A group size that does not divide k falls back as `fit_group` says. Raises CheckpointError if w or bias is not finite, or
+def quantize_matrix(
+    w: Tensor, spec: Spec, mask: Tensor | None = None, bias: Tensor | None = None, name: str = "weight", columns: Tensor | None = None
+) -> QTensor:
+    """Round f32 w[n, k] onto the grid that `spec` asks for; where mask[n, k] is true the weight is stored in float16,
+    and so are the inputs columns i64[c], ascending, which are none of the mask's. A group size that does not divide k falls back as `fit_group` says. Raises CheckpointError if w or bias is not finite, or
     if a weight under the mask or a bias does not fit float16 (no trained model has one; clipping it would be silent damage).
     """
     k = w.shape[1]
     container = 8 if spec.bits == 8 else 4
     require_finite(w, name)
-    scale, zero = fit_grid(w, spec.bits, fit_group(spec.group_size, k), spec.symmetric, mask)
+    sparse = mask is not None and bool(mask.any())
+    kept = mask
+    if columns is not None and len(columns):
+        kept = (torch.zeros(w.shape, dtype=torch.bool) if mask is None else mask).index_fill(1, columns, True)
+    scale, zero = fit_grid(w, spec.bits, fit_group(spec.group_size, k), spec.symmetric, kept)
     codes = round_codes(w, scale, zero, spec.bits, container)
     q = QTensor(k=k, weight=codes, scale=scale, zero=zero, name=name)
-    if mask is not None and bool(mask.any()):
-        require_float16(w[mask], f"{name}: an outlier")
+    if kept is not None and bool(kept.any()):
+        require_float16(w[kept], f"{name}: an outlier")
         zeros = torch.full_like(scale, 2 ** (container - 1), dtype=torch.uint8) if zero is None else zero
-        codes = torch.where(mask, zeros.repeat_interleave(k // scale.shape[1], 1), codes)
+        codes = torch.where(kept, zeros.repeat_interleave(k // scale.shape[1], 1), codes)
+    if sparse:
         q.outlier_row, q.outlier_col, q.outlier_value = outliers_from_mask(w, mask)
+    if kept is not mask:
+        q.column_index, q.column_value = columns.int(), w[:, columns].half()
     q.weight = pack_codes(codes, container)
     if bias is not None:
         require_finite(bias, f"{name} bias")
