@@ -91,15 +91,16 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("out", metavar="OUT", help="directory to make")
     p.add_argument("--method", default="gwq", help="a file of pyengine/quant: rtn, gwq, gwq-paper (default gwq)")
     p.add_argument("--bits", type=int, default=4)
-    p.add_argument("--group-size", type=int, default=128, help="inputs that share a scale; 0 is a whole row (default 128)")
+    p.add_argument("--group-size", type=int, help="inputs that share a scale; 0 is a whole row (default: the method's own, mostly 128)")
     p.add_argument("--asymmetric", action="store_true", help="a zero code for each group")
     p.add_argument("--outliers", type=float, default=0.01, help="share of weights kept in FP16 (default 0.01)")
     p.add_argument("--score", help="how outliers are ranked (default: the method's own)")
-    p.add_argument("--act-bits", type=int, default=16, help="bits of activations at run time: 16 or 8 (default 16)")
+    p.add_argument("--act-bits", type=int, default=16, help="bits of activations at run time: 16, 8 or 4 (default 16)")
     p.add_argument("--head-bits", type=int, default=8, help="bits of the output matrix: 8 or 16 (default 8)")
     p.add_argument("--calib", metavar="FILE", help="UTF-8 calibration text (default: text that the model writes itself)")
     p.add_argument("--samples", type=int, help="calibration windows (default: the method's own)")
     p.add_argument("--seq-len", type=int, help="tokens of a window (default: the method's own)")
+    p.add_argument("--steps", type=int, help="training steps of each block, for methods that train (default: the method's own)")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(kv_bits=16)  # recorded in the checkpoint
     p.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
@@ -197,7 +198,7 @@ def quantize(args: argparse.Namespace) -> int:
         ops.set_threads(args.threads)
     names = ("method", "bits", "group_size", "outliers", "score", "act_bits", "kv_bits", "head_bits", "calib", "seed", "resume")
     options = {name: getattr(args, name) for name in names} | {"symmetric": not args.asymmetric}
-    options |= {name: value for name in ("samples", "seq_len") if (value := getattr(args, name)) is not None}
+    options |= {name: value for name in ("samples", "seq_len", "steps") if (value := getattr(args, name)) is not None}
     report = run(args.model, args.out, **options)
     _print(args, report, lambda r: [
         f"{args.out}: {r['method']}, {r['bits_per_weight']:.3f} bits per weight, {100 * r['outlier_share']:.2f} % outliers, "

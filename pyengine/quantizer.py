@@ -4,7 +4,10 @@ A method is a module in `pyengine/quant/` named like the method ('-' becomes '_'
 
     complete(spec) -> Spec                                 its defaults; samples 0 means that it reads no text
     prepare(model, batches, spec) -> dict                  optional: a pass over the whole model before the blocks; statistics
-    quantize_block(block, inputs, spec) -> dict            linear name → QTensor
+    quantize_block(block, inputs, spec) -> dict            linear name → QTensor; also tensors by their name inside the block
+                                                           (`attn_in.left`, `input_layernorm.weight`), which go beside or replace others
+    statistics(folder) -> dict                             optional: what `quantize_block` noted in `block.folder`, for the report
+    GROUP_SIZE, STEPS                                      optional: its group size (else 128) and training steps (else it takes none)
 
 It decides codes and outliers; the driver reads, names, writes, resumes and reports.
 """
@@ -52,7 +55,7 @@ def quantize(
     method: str = "gwq",
     *,
     bits: int = 4,
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool = True,
     outliers: float = 0.01,
     score: str | None = None,
@@ -62,20 +65,25 @@ def quantize(
     calib: str | os.PathLike | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
+    steps: int | None = None,
     seed: int = 0,
     resume: bool = False,
     progress: Progress = show_progress,
 ) -> dict:
     """Quantize a checkpoint (a path, or what `open_checkpoint` returned) into the new directory `out`; returns a report.
 
-    calib is a UTF-8 text to calibrate on; without one the model writes its own. score, samples and seq_len are the
-    method's own where None. `progress(items, label)` wraps the
+    calib is a UTF-8 text to calibrate on; without one the model writes its own. group_size, score, samples, seq_len and steps are
+    the method's own where None. `progress(items, label)` wraps the
     long loops. act_bits and kv_bits are recorded for the runtime, which quantizes those as it runs. Raises ValueError
     for arguments that make no sense, CheckpointError for a source that cannot be trusted, OSError if the disk is full; in
     all of these `out` does not appear, and `resume=True` continues a run that was cut short.
     """
-    spec = Spec(method, bits, group_size, symmetric, outliers, score, act_bits, kv_bits, head_bits, samples, seq_len, seed).check()
     module = load_method(method)
+    group_size = getattr(module, "GROUP_SIZE", Spec.group_size) if group_size is None else group_size
+    if steps is not None and not hasattr(module, "STEPS"):
+        raise ValueError(f"steps is {steps}, but {method} does not train")
+    steps = getattr(module, "STEPS", None) if steps is None else steps
+    spec = Spec(method, bits, group_size, symmetric, outliers, score, act_bits, kv_bits, head_bits, samples, seq_len, steps, seed).check()
     spec = module.complete(spec)
     require_free(out)  # before the minutes that a calibration text may take
     started = time.monotonic()
@@ -99,6 +107,7 @@ def quantize(
             writer.write(i, quantized_block(module, source, batches, writer.work, i, spec))
     if not writer.has(source.blocks):
         writer.write(source.blocks, outer_tensors(source, spec))
+    statistics |= module.statistics(writer.work) if hasattr(module, "statistics") else {}
     sizes = writer.finish(output_config(checkpoint.config, spec, text), tokenizer.save)
     seconds["quantize"] = time.monotonic() - started
     return report(source, spec, sizes, groups, statistics, {k: round(v, 2) for k, v in seconds.items()})
@@ -136,11 +145,11 @@ def quantized_block(module: ModuleType, model: FloatModel, batches: Batches | No
     """All tensors of block i as the checkpoint holds them."""
     prefix = f"model.layers.{i}."
     weights = model.block(i)
-    block = Block(i, prefix, weights, model.arch.SITES, batches.forward if batches else None, work)
+    block = Block(i, prefix, weights, model.arch.SITES, batches.forward if batches else None, work, model.config)
     quantized = module.quantize_block(block, (lambda: batches.inputs(i)) if batches else None, spec)
     tensors = {f"{prefix}{name}.weight": norm_tensor(model, f"{prefix}{name}.weight", weights[f"{name}.weight"]) for name in model.arch.NORMS}
     for name, q in quantized.items():
-        tensors |= named(prefix + name, q.check())
+        tensors |= named(prefix + name, q.check()) if isinstance(q, QTensor) else {prefix + name: q}
     return tensors
 
 

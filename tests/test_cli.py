@@ -213,7 +213,7 @@ def test_bad_prompts_texts_and_options(run, quantized, stories, tmp_path):
     assert "limit_tokens is -3" in fails(run, "eval", quantized, "--text", stories / "config.json", "--limit-tokens", -3)
     assert "device is 'cuda'" in fails(run, "generate", quantized, "-p", "a", "--device", "cuda")
     assert "kv_bits is 4; the KV cache holds 16 or 8" in fails(run, "generate", quantized, "-p", "a", "--kv-bits", 4)
-    assert "kv_bits is 4, expected one of 8, 16" in fails(run, "quantize", stories, tmp_path / "out", "--kv-bits", 4)
+    assert "kv_bits is 5, expected one of 4, 8, 16" in fails(run, "quantize", stories, tmp_path / "out", "--kv-bits", 5)
     assert "quantized already" in fails(run, "quantize", quantized, tmp_path / "twice")
     assert "context is 513, expected 2 to 512" in fails(run, "eval", quantized, "--text", stories / "config.json", "--context", 513)
     assert "temperature is -1.0" in fails(run, "generate", quantized, "-p", "a", "--temperature", -1)

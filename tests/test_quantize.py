@@ -202,6 +202,26 @@ def test_checkpoint_holds_the_model(tmp_path, text, method, options):
 
 
 @needs_stories
+def test_tensors_that_a_method_returns_beside_its_linears(tmp_path, monkeypatch):
+    """They lie in their block under their name, instead of what the driver would have written."""
+    module = driver.load_method("rtn")
+    real = module.quantize_block
+
+    def more(block, inputs, spec):
+        (block.folder / "note").write_text("kept")
+        return real(block, inputs, spec) | {"attn_in.left": torch.eye(4).half(), "input_layernorm.weight": torch.full((64,), 3.0)}
+
+    monkeypatch.setattr(module, "quantize_block", more)
+    monkeypatch.setattr(module, "statistics", lambda folder: {"note": (folder / "note").read_text()}, raising=False)
+    done = driver.quantize(STORIES, tmp_path / "out", "rtn", progress=quiet)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(stored["model.layers.4.attn_in.left"], torch.eye(4).half())
+    assert bool((stored["model.layers.4.input_layernorm.weight"] == 3).all())
+    assert not bool((stored["model.layers.4.post_attention_layernorm.weight"] == 3).all())
+    assert done["statistics"] == {"note": "kept"}
+
+
+@needs_stories
 def test_untied_head_and_shards(tmp_path, text, monkeypatch):
     source = tmp_path / "untied"
     shutil.copytree(STORIES, source)
@@ -343,6 +363,7 @@ def test_nothing_is_overwritten(tmp_path):
         ({"head_bits": 4}, "head_bits is 4"),
         ({"act_bits": 7}, "act_bits is 7"),
         ({"samples": 0}, "samples is 0"),
+        ({"steps": 5}, "steps is 5, but gwq does not train"),
         ({"seed": -1}, "seed is -1"),
         ({"seq_len": 1000}, "seq_len is 1000, but the model was made for at most 512"),
     ],

@@ -148,11 +148,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def block_forward(w: dict[str, Tensor], x: Tensor, c: Config, cos: Tensor, sin: Tensor, hook=None) -> Tensor:
+def block_forward(w: dict[str, Tensor], x: Tensor, c: Config, cos: Tensor, sin: Tensor, hook=None, edit=None) -> Tensor:
     """One block in plain, differentiable torch over whole sequences: x[b, t, hidden] → the same shape.
 
     Calibration and tests use it; generation runs `Block`. `w` holds `<linear>.weight`, `<linear>.bias` and `<norm>.weight`;
-    cos, sin are f32[t, head_dim/2]. `hook(site, input)` sees the input of each site of SITES.
+    cos, sin are f32[t, head_dim/2]. `hook(site, input)` sees the input of each site of SITES. `edit(what, value)` returns what goes
+    on instead: of a site's input [b, t, k], and of "query" and "key" after RoPE and "value", each [b, heads, t, head_dim].
     """
     b, t, _ = x.shape
 
@@ -163,19 +164,22 @@ def block_forward(w: dict[str, Tensor], x: Tensor, c: Config, cos: Tensor, sin: 
         return v.view(b, t, -1, c.head_dim).transpose(1, 2)
 
     see = hook or (lambda site, value: None)
+    edit = edit or (lambda what, value: value)
     h = rms_norm(x, w["input_layernorm.weight"], c.rms_norm_eps)
     see("attn_in", h)
+    h = edit("attn_in", h)
     q, k, v = (heads(linear(name, h)) for name in SITES["attn_in"])
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k, v = edit("query", rotate(q, cos, sin)), edit("key", rotate(k, cos, sin)), edit("value", v)
     a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     a = a.transpose(1, 2).reshape(b, t, -1)
     see("o_in", a)
-    x = x + linear("self_attn.o_proj", a)
+    x = x + linear("self_attn.o_proj", edit("o_in", a))
     h = rms_norm(x, w["post_attention_layernorm.weight"], c.rms_norm_eps)
     see("mlp_in", h)
+    h = edit("mlp_in", h)
     g = F.silu(linear("mlp.gate_proj", h)) * linear("mlp.up_proj", h)
     see("down_in", g)
-    return x + linear("mlp.down_proj", g)
+    return x + linear("mlp.down_proj", edit("down_in", g))
 
 
 class Block(nn.Module):

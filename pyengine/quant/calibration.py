@@ -103,9 +103,9 @@ class Batches:
     def __post_init__(self):
         self.cos, self.sin = self.model.arch.rope_table(self.model.config, self.ids.shape[1])
 
-    def forward(self, weights: dict[str, Tensor], x: Tensor, hook=None) -> Tensor:
+    def forward(self, weights: dict[str, Tensor], x: Tensor, hook=None, edit=None) -> Tensor:
         """x[b, t, hidden] through one block."""
-        return self.model.arch.block_forward(weights, x, self.model.config, self.cos, self.sin, hook)
+        return self.model.arch.block_forward(weights, x, self.model.config, self.cos, self.sin, hook, edit)
 
     def inputs(self, i: int) -> Tensor:
         """f32[samples, t, hidden]: the float model's input of block i (of the final norm for i = number of blocks), mapped from a file."""

@@ -38,6 +38,7 @@ class Spec:
     head_bits: int = 8
     samples: int | None = None
     seq_len: int | None = None
+    steps: int | None = None  # of training, for each block
     seed: int = 0
 
     def check(self) -> Spec:
@@ -46,12 +47,12 @@ class Spec:
         _one_of("group_size", self.group_size, (0, *reversed(GROUPS)))
         _one_of("symmetric", self.symmetric, (True, False))
         _one_of("score", self.score, (None, *SCORES))
-        _one_of("act_bits", self.act_bits, (8, 16))
-        _one_of("kv_bits", self.kv_bits, (8, 16))
+        _one_of("act_bits", self.act_bits, (4, 8, 16))
+        _one_of("kv_bits", self.kv_bits, (4, 8, 16))
         _one_of("head_bits", self.head_bits, (8, 16))
         if isinstance(self.outliers, bool) or not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= 0.5:
             raise ValueError(f"outliers is {self.outliers!r}, expected a share of the weights between 0 and 0.5 (0.01 is 1 %)")
-        for name, low, high in (("samples", 1, 1 << 20), ("seq_len", 2, 1 << 20), ("seed", 0, (1 << 63) - 1)):
+        for name, low, high in (("samples", 1, 1 << 20), ("seq_len", 2, 1 << 20), ("steps", 1, 1 << 20), ("seed", 0, (1 << 63) - 1)):
             value = getattr(self, name)
             if value is None and name != "seed":
                 continue
@@ -73,8 +74,9 @@ class Block:
     prefix: str  # of its tensors in messages: "model.layers.3."
     weights: dict[str, Tensor]  # f32, by their name inside the block
     sites: dict[str, tuple[str, ...]]  # the linears that are quantized, by the input they share
-    forward: Callable | None = None  # forward(weights, x[b, t, hidden], hook): the block in float
-    folder: Path | None = None  # where the method's `prepare` left its notes
+    forward: Callable | None = None  # forward(weights, x[b, t, hidden], hook, edit): the block in float
+    folder: Path | None = None  # where the method's `prepare` left its notes, and `quantize_block` may leave some
+    config: object | None = None  # the Config of pyengine/models/<model_type>.py
 
     @property
     def linears(self) -> tuple[str, ...]:
