@@ -99,7 +99,8 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, group={self.group}, "
-            f"outliers={self.outliers}, columns={self.columns}, act_bits={self._op.act_bits}, gated={self._op.gated}, kernel={self.kernel or 'the best'}"
+            f"outliers={self.outliers}, columns={self.columns}, act_bits={self._op.act_bits}, gated={self._op.gated}, "
+            f"kernel={self.kernel or 'the best'}"
         )
 
     @classmethod
@@ -128,7 +129,8 @@ def stack(parts: Sequence[QTensor]) -> QTensor | None:
     )
     if not alike:
         return None
-    joined = {key: torch.cat([getattr(p, key) for p in parts]) for key in ("weight", "scale", "zero", "bias", "column_value") if getattr(first, key) is not None}
+    rows = (key for key in ("weight", "scale", "zero", "bias", "column_value") if getattr(first, key) is not None)
+    joined = {key: torch.cat([getattr(p, key) for p in parts]) for key in rows}
     if any(p.outliers for p in parts):
         joined |= _stack_outliers(parts)
     return QTensor(k=first.k, name=first.name, column_index=first.column_index, **joined)

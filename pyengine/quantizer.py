@@ -32,7 +32,7 @@ from .quant.calibration import Batches, FloatModel, Progress, self_written, show
 from .quant.common import FLOAT16_MAX, Block, Spec, quantize_matrix
 from .tokenizer import Tokenizer, load_tokenizer
 
-HELPERS = ("__init__", "common", "calibration")  # files in quant/ that are not methods
+HELPERS = ("__init__", "common", "calibration", "outliers")  # files in quant/ that are not methods
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
 VERSION = 1  # of what is written: one more when the same options give other bytes
 
@@ -59,6 +59,7 @@ def quantize(
     symmetric: bool = True,
     outliers: float = 0.01,
     score: str | None = None,
+    scope: str | None = None,
     act_bits: int = 16,
     kv_bits: int = 16,
     head_bits: int = 8,
@@ -72,8 +73,8 @@ def quantize(
 ) -> dict:
     """Quantize a checkpoint (a path, or what `open_checkpoint` returned) into the new directory `out`; returns a report.
 
-    calib is a UTF-8 text to calibrate on; without one the model writes its own. group_size, score, samples, seq_len and steps are
-    the method's own where None. `progress(items, label)` wraps the
+    calib is a UTF-8 text to calibrate on; without one the model writes its own. group_size, score, scope, samples, seq_len and
+    steps are the method's own where None. `progress(items, label)` wraps the
     long loops. act_bits and kv_bits are recorded for the runtime, which quantizes those as it runs. Raises ValueError
     for arguments that make no sense, CheckpointError for a source that cannot be trusted, OSError if the disk is full; in
     all of these `out` does not appear, and `resume=True` continues a run that was cut short.
@@ -83,7 +84,7 @@ def quantize(
     if steps is not None and not hasattr(module, "STEPS"):
         raise ValueError(f"steps is {steps}, but {method} does not train")
     steps = getattr(module, "STEPS", None) if steps is None else steps
-    spec = Spec(method, bits, group_size, symmetric, outliers, score, act_bits, kv_bits, head_bits, samples, seq_len, steps, seed).check()
+    spec = Spec(method, bits, group_size, symmetric, outliers, score, scope, act_bits, kv_bits, head_bits, samples, seq_len, steps, seed).check()
     spec = module.complete(spec)
     require_free(out)  # before the minutes that a calibration text may take
     started = time.monotonic()

@@ -15,6 +15,7 @@ from pyengine.models import llama
 from pyengine.quant import gwq, rtn
 from pyengine.quant.calibration import Batches, FloatModel, sample_text
 from pyengine.quant.common import Block, Spec, rounding_error, top_mask
+from pyengine.quant.outliers import choose
 from pyengine.tokenizer import load_tokenizer
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260k"
@@ -78,7 +79,7 @@ def test_walk_equals_autograd_over_the_whole_model(model, batches, monkeypatch, 
 
 @pytest.mark.parametrize("score", ["abs_g", "sq_g", "abs_g_dw", "fisher_dw2"])
 def test_prepare_leaves_the_masks_of_these_gradients(model, batches, score):
-    spec = Spec(group_size=32, score=score)
+    spec = Spec(group_size=32, score=score, scope="tensor")
     stats = gwq.prepare(model, batches, spec)
     reference = list(reference_gradients(batches.ids))
     assert stats["calibration_loss"] == pytest.approx(sum(loss for loss, _ in reference) / 3, abs=1e-4)
@@ -101,6 +102,39 @@ def test_prepare_leaves_the_masks_of_these_gradients(model, batches, score):
     assert sorted(f.name for f in batches.folder.glob("gradient*")) == ["gradient-00000.npy"]
 
 
+@pytest.mark.parametrize("scope", ["global", "row", "columns"])
+def test_scopes_look_at_the_same_scores(model, batches, scope):
+    """Each against the scores themselves, which a walk by the library's parts gives."""
+    spec = gwq.complete(Spec(group_size=32, score="fisher_dw2", scope=scope, outliers=0.03))
+    gwq.prepare(model, batches, spec)
+    _, gradient = gwq.loss_gradient(model, batches)
+    scores = {}
+    for i in range(model.blocks - 1, -1, -1):
+        weights = model.block(i)
+        found = gwq.block_statistics(batches, weights, llama.LINEARS, batches.inputs(i), gradient, spec.score)
+        scores[i] = {name: gwq.sensitivity(weights[f"{name}.weight"].detach(), found[name], spec) for name in llama.LINEARS}
+    every = torch.cat([scores[i][name].flatten() for i in range(model.blocks) for name in llama.LINEARS])
+    least = every.sort(descending=True).values[int(0.03 * len(every)) - 1]
+    total = 0
+    for i in range(model.blocks):
+        for name, q in gwq.quantize_block(block(model, batches, i), None, spec).items():
+            score = scores[i][name]
+            mask = torch.zeros_like(score, dtype=torch.bool)
+            if scope == "columns":
+                assert q.outliers == 0 and torch.equal(q.column_index.long(), choose(scores[i], llama.SITES, spec)[name])
+                continue
+            mask[torch.repeat_interleave(torch.arange(q.n), q.outlier_row.diff()), q.outlier_col.long()] = True
+            total += q.outliers
+            if scope == "global":
+                assert torch.equal(mask, score >= least)
+            else:
+                assert mask.sum(1).eq(round(0.03 * q.k)).all() and bool((score[mask].min() >= 0))
+    assert scope != "global" or total == int(0.03 * len(every))
+    with pytest.raises(ValueError, match="does not compare across matrices"):
+        gwq.complete(Spec(score="hdiag_dw2", scope="global"))
+    assert gwq.complete(Spec(scope="columns")).score == "hdiag_dw2"
+
+
 @pytest.mark.parametrize("score", ["abs_g", "sq_g"])
 def test_gradients_that_cancel_over_samples_still_count(model, batches, score):
     """The same window twice with opposite output gradients: summed first, nothing would be left."""
@@ -121,7 +155,7 @@ def test_hdiag_is_the_inputs_without_the_first_token(model, batches):
     for site, names in llama.SITES.items():
         for name in names:
             assert close(found[name], seen[site][:, 1:].square().sum((0, 1)))
-    spec = Spec(group_size=32, score="hdiag_dw2")
+    spec = Spec(group_size=32, score="hdiag_dw2", scope="tensor")
     q = gwq.quantize_block(b, lambda: batches.inputs(1), spec)["mlp.down_proj"]
     w = b.weights["mlp.down_proj.weight"]
     mask = top_mask(found["mlp.down_proj"] * rounding_error(w, spec) ** 2, 0.01)

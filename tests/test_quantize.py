@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from pyengine import checkpoint as checkpoint_module
 from pyengine.errors import CheckpointError
 from pyengine.formats import open_checkpoint
+from pyengine.inspect import describe
+from pyengine.loader import load
 from pyengine.models import llama
 from pyengine.qtensor import QTensor, fit_group
 from pyengine.quant import calibration
 from pyengine.quant.calibration import FloatModel, sample_text, self_written, text_windows
-from pyengine.quant.common import SCORES, Spec, fit_grid, quantize_matrix, top_mask
+from pyengine.quant.common import SCOPES, SCORES, Spec, fit_grid, quantize_matrix, top_mask
 from pyengine.tokenizer import load_tokenizer
 
 driver = importlib.import_module("pyengine.quantizer")
@@ -359,6 +361,7 @@ def test_nothing_is_overwritten(tmp_path):
         ({"outliers": 1.5}, "outliers is 1.5, expected"),
         ({"outliers": float("nan")}, "outliers is nan"),
         ({"score": "best"}, "score is 'best', expected one of None, abs_g"),
+        ({"scope": "rows"}, "scope is 'rows', expected one of None, tensor, global, row, structured, columns"),
         ({"method": "gwq-paper", "score": "sq_g"}, "gwq-paper ranks by abs_g"),
         ({"head_bits": 4}, "head_bits is 4"),
         ({"act_bits": 7}, "act_bits is 7"),
@@ -426,6 +429,31 @@ def test_self_written_text_is_seeded_cached_and_plausible(tmp_path, monkeypatch)
     assert torch.equal(ids, self_written(model, tokenizer, 4, 60, 0, quiet))
     words = tokenizer.decode(ids.flatten().tolist())
     assert " the " in words and " was " in words
+
+
+@needs_stories
+@pytest.mark.parametrize("scope", SCOPES)
+def test_every_scope_runs_resumes_and_loads(tmp_path, text, monkeypatch, scope):
+    done = quantize(tmp_path / "whole", calib=text, scope=scope, outliers=0.02)
+    assert 0.015 < done["outlier_share"] < 0.025 and done["spec"]["scope"] == scope
+    real = checkpoint_module.os.replace
+
+    def replace(a, b):
+        if Path(b).name.startswith(("mask-00002-self_attn.v", "candidates-00002-self_attn.v", "model-00003")):
+            raise KeyboardInterrupt
+        real(a, b)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_module.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tmp_path / "out", calib=text, scope=scope, outliers=0.02)
+    quantize(tmp_path / "out", calib=text, scope=scope, outliers=0.02, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert describe(open_checkpoint(tmp_path / "out"))["outlier_share"] == done["outlier_share"]
+    ids = torch.tensor([[1, 403, 407, 261, 378]])
+    source, engine = load(STORIES), load(tmp_path / "out")
+    expected = source.logits(ids[0].tolist())
+    assert float((engine.logits(ids[0].tolist()) - expected).norm() / expected.norm()) < 0.2
 
 
 @needs_stories

@@ -21,6 +21,7 @@ FLOAT16_MAX = 65504.0
 # The smallest positive float16: the scale of a group that has nothing to scale. Zero would turn x / scale into NaN.
 TINY_SCALE = 2.0**-24
 SCORES = ("abs_g", "sq_g", "abs_g_dw", "fisher_dw2", "hdiag_dw2", "abs_w")
+SCOPES = ("tensor", "global", "row", "structured", "columns")  # quant/outliers.py
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Spec:
     symmetric: bool = True
     outliers: float = 0.01  # share of the weights of each matrix that stay float16
     score: str | None = None
+    scope: str | None = None
     act_bits: int = 16
     kv_bits: int = 16
     head_bits: int = 8
@@ -47,6 +49,7 @@ class Spec:
         _one_of("group_size", self.group_size, (0, *reversed(GROUPS)))
         _one_of("symmetric", self.symmetric, (True, False))
         _one_of("score", self.score, (None, *SCORES))
+        _one_of("scope", self.scope, (None, *SCOPES))
         _one_of("act_bits", self.act_bits, (4, 8, 16))
         _one_of("kv_bits", self.kv_bits, (4, 8, 16))
         _one_of("head_bits", self.head_bits, (8, 16))
@@ -114,31 +117,28 @@ def round_codes(w: Tensor, scale: Tensor, zero: Tensor | None, bits: int, contai
     return codes.flatten(1).to(torch.uint8)
 
 
-def quantize_matrix(
-    w: Tensor, spec: Spec, mask: Tensor | None = None, bias: Tensor | None = None, name: str = "weight", columns: Tensor | None = None
-) -> QTensor:
-    """Round f32 w[n, k] onto the grid that `spec` asks for; where mask[n, k] is true the weight is stored in float16,
-    and so are the inputs columns i64[c], ascending, which are none of the mask's. A group size that does not divide k falls back as `fit_group` says. Raises CheckpointError if w or bias is not finite, or
-    if a weight under the mask or a bias does not fit float16 (no trained model has one; clipping it would be silent damage).
+def quantize_matrix(w: Tensor, spec: Spec, mask: Tensor | None = None, bias: Tensor | None = None, name: str = "weight") -> QTensor:
+    """Round f32 w[n, k] onto the grid that `spec` asks for; where mask[n, k] is true the weight is stored in float16.
+
+    With scope "columns" the mask consists of whole columns, which are stored as such. A group size that does not divide k falls back as
+    `fit_group` says. Raises CheckpointError if w or bias is not finite, or if a weight under the mask or a bias does not fit float16
+    (no trained model has one; clipping it would be silent damage).
     """
     k = w.shape[1]
     container = 8 if spec.bits == 8 else 4
     require_finite(w, name)
-    sparse = mask is not None and bool(mask.any())
-    kept = mask
-    if columns is not None and len(columns):
-        kept = (torch.zeros(w.shape, dtype=torch.bool) if mask is None else mask).index_fill(1, columns, True)
-    scale, zero = fit_grid(w, spec.bits, fit_group(spec.group_size, k), spec.symmetric, kept)
+    scale, zero = fit_grid(w, spec.bits, fit_group(spec.group_size, k), spec.symmetric, mask)
     codes = round_codes(w, scale, zero, spec.bits, container)
     q = QTensor(k=k, weight=codes, scale=scale, zero=zero, name=name)
-    if kept is not None and bool(kept.any()):
-        require_float16(w[kept], f"{name}: an outlier")
+    if mask is not None and bool(mask.any()):
+        require_float16(w[mask], f"{name}: an outlier")
         zeros = torch.full_like(scale, 2 ** (container - 1), dtype=torch.uint8) if zero is None else zero
-        codes = torch.where(kept, zeros.repeat_interleave(k // scale.shape[1], 1), codes)
-    if sparse:
-        q.outlier_row, q.outlier_col, q.outlier_value = outliers_from_mask(w, mask)
-    if kept is not mask:
-        q.column_index, q.column_value = columns.int(), w[:, columns].half()
+        codes = torch.where(mask, zeros.repeat_interleave(k // scale.shape[1], 1), codes)
+        if spec.scope == "columns":
+            columns = mask[0].nonzero().flatten()
+            q.column_index, q.column_value = columns.int(), w[:, columns].half()
+        else:
+            q.outlier_row, q.outlier_col, q.outlier_value = outliers_from_mask(w, mask)
     q.weight = pack_codes(codes, container)
     if bias is not None:
         require_finite(bias, f"{name} bias")

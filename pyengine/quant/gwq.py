@@ -10,7 +10,8 @@ The paper ranks weights by |gradient| of one sample. `score` names what ranks th
     abs_w       |w|                         needs no text
 
 g_s is the gradient of the mean next-token cross-entropy of sample s; the absolute value or square is taken before the sum,
-because gradients of different samples cancel. The gradient walk holds one block: a forward pass leaves every block's
+because gradients of different samples cancel. `scope` says where a score's best are looked for (quant/outliers.py): in each matrix by
+itself unless asked otherwise. The gradient walk holds one block: a forward pass leaves every block's
 inputs in files, then blocks are recomputed from last to first. Each leaves its mask and the gradient of its inputs, both
 renamed into place, so that a run that was cut short continues at the block it was in.
 """
@@ -18,6 +19,8 @@ renamed into place, so that a run that was cut short continues at the block it w
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +33,8 @@ from torch import Tensor
 from ..checkpoint import write_file
 from ..qtensor import QTensor
 from .calibration import Batches, FloatModel
-from .common import Block, Spec, quantize_matrix, rounding_error, top_mask
+from .common import Block, Spec, quantize_matrix, rounding_error
+from .outliers import Best, choose, mask_of
 
 GRADIENT_SCORES = ("abs_g", "sq_g", "abs_g_dw", "fisher_dw2")
 HEAD_TOKENS = 256  # rows of logits held at once: 256 x 128k vocabulary x 4 B = 128 MiB
@@ -42,8 +46,11 @@ def complete(spec: Spec) -> Spec:
     16 x 256: on SmolLM2-135M the perplexity gap to float closed by 65.2 % with 16 x 512 tokens, 66.2 % with 16 x 256, 64.1 % with
     16 x 128, so that more text buys nothing but time.
     """
-    samples, seq_len = spec.samples or 16, spec.seq_len or 256
-    spec = replace(spec, score=spec.score or "fisher_dw2", samples=samples, seq_len=seq_len)
+    samples, seq_len, scope = spec.samples or 16, spec.seq_len or 256, spec.scope or "tensor"
+    score = spec.score or ("hdiag_dw2" if scope == "columns" else "fisher_dw2")
+    if scope == "global" and score not in GRADIENT_SCORES:
+        raise ValueError(f"score is {score!r}, which does not compare across matrices; scope 'global' takes {', '.join(GRADIENT_SCORES)}")
+    spec = replace(spec, score=score, scope=scope, samples=samples, seq_len=seq_len)
     return replace(spec, samples=0, seq_len=0) if spec.score == "abs_w" else spec
 
 
@@ -64,15 +71,26 @@ def prepare(model: FloatModel, batches: Batches, spec: Spec) -> dict:
         _save(_gradient_file(folder, count), gradient)
         todo = count
     gradient = _load(_gradient_file(folder, todo)) if todo else None
+    best = Best(int(spec.outliers * count * sum(math.prod(model.config.linear_shape(name)) for name in model.arch.LINEARS)))
+    if spec.scope == "global":
+        for i, name in itertools.product(range(todo, count), model.arch.LINEARS):  # not what a block that was cut short has left
+            best.see(_load(_candidates_file(folder, i, name)))
     for i in batches.progress(range(todo - 1, -1, -1), "backward pass, block by block"):
         weights = model.block(i)
         statistics = block_statistics(batches, weights, model.arch.LINEARS, batches.inputs(i), gradient, spec.score)
-        for name, statistic in statistics.items():
-            w = weights[f"{name}.weight"].detach()
-            mask = top_mask(sensitivity(w, statistic, spec), spec.outliers)
-            _save(_mask_file(folder, i, name), mask.flatten().nonzero().flatten())
+        scores = {name: sensitivity(weights[f"{name}.weight"].detach(), statistic, spec) for name, statistic in statistics.items()}
+        if spec.scope == "global":
+            for name, score in scores.items():
+                _save(_candidates_file(folder, i, name), best.add(score))
+        else:
+            for name, kept in choose(scores, model.arch.SITES, spec).items():
+                _save(_kept_file(folder, i, name), kept)
         _save(_gradient_file(folder, i), gradient)
         _gradient_file(folder, i + 1).unlink()
+    if spec.scope == "global":
+        places = list(itertools.product(range(count), model.arch.LINEARS))
+        for place, kept in zip(places, best.trim([_load(_candidates_file(folder, *place)) for place in places]), strict=True):
+            _save(_kept_file(folder, *place), kept)
     return {"calibration_loss": float(_load(folder / "loss.npy").mean())}
 
 
@@ -145,22 +163,27 @@ def sensitivity(w: Tensor, statistic: Tensor | None, spec: Spec) -> Tensor:
 
 def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor]:
     """The quantized linears of one block by name. `inputs()` are the block's float inputs f32[s, t, hidden], read for hdiag_dw2 only."""
-    statistics = input_squares(block, inputs()) if spec.score == "hdiag_dw2" else {}
+    if spec.score in GRADIENT_SCORES:
+        kept = {name: _load(_kept_file(block.folder, block.index, name)) for name in block.linears}
+    else:
+        statistics = input_squares(block, inputs()) if spec.score == "hdiag_dw2" else {}
+        kept = choose({name: sensitivity(block.weights[f"{name}.weight"], statistics.get(name), spec) for name in block.linears}, block.sites, spec)
     out = {}
     for name in block.linears:
         w = block.weights[f"{name}.weight"]
-        if spec.score in GRADIENT_SCORES:
-            mask = torch.zeros(w.numel(), dtype=torch.bool)
-            mask[_load(_mask_file(block.folder, block.index, name))] = True
-            mask = mask.view(w.shape)
-        else:
-            mask = top_mask(sensitivity(w, statistics.get(name), spec), spec.outliers)
+        mask = mask_of(kept[name], w.shape, spec)
         out[name] = quantize_matrix(w, spec, mask, block.weights.get(f"{name}.bias"), block.prefix + name)
     return out
 
 
-def _mask_file(folder: Path, i: int, name: str) -> Path:
+def _kept_file(folder: Path, i: int, name: str) -> Path:
+    """What stays float16 of a linear, as `choose` returns it."""
     return folder / f"mask-{i:05d}-{name}.npy"
+
+
+def _candidates_file(folder: Path, i: int, name: str) -> Path:
+    """What of a linear may be among the best of the whole model."""
+    return folder / f"candidates-{i:05d}-{name}.npy"
 
 
 def _gradient_file(folder: Path, i: int) -> Path:

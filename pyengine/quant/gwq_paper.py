@@ -14,4 +14,4 @@ def complete(spec: Spec) -> Spec:
     """`spec` with the paper's score and sample count; ValueError if another score is asked for."""
     if spec.score not in (None, "abs_g"):
         raise ValueError(f"score is {spec.score!r}, but gwq-paper ranks by abs_g; use method gwq for other scores")
-    return replace(spec, score="abs_g", samples=1, seq_len=spec.seq_len or 512)
+    return replace(spec, score="abs_g", scope=spec.scope or "tensor", samples=1, seq_len=spec.seq_len or 512)

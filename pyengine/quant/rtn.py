@@ -13,7 +13,7 @@ from .common import Block, Spec, quantize_matrix
 
 def complete(spec: Spec) -> Spec:
     """`spec` as this method takes it."""
-    return replace(spec, outliers=0.0, score=None, samples=0, seq_len=0)
+    return replace(spec, outliers=0.0, score=None, scope=None, samples=0, seq_len=0)
 
 
 def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor]:
