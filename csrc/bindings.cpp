@@ -89,6 +89,7 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
   pointer(c, "weight", &QLinear::weight), pointer(c, "scale", &QLinear::scale), pointer(c, "zero", &QLinear::zero);
   pointer(c, "outlier_row", &QLinear::outlier_row), pointer(c, "outlier_col", &QLinear::outlier_col);
   pointer(c, "outlier_value", &QLinear::outlier_value), pointer(c, "workspace", &QLinear::workspace);
+  pointer(c, "act_clip", &QLinear::act_clip), pointer(c, "x_code", &QLinear::x_code), pointer(c, "x_scale", &QLinear::x_scale);
   pointer(c, "outlier_band", &QLinear::outlier_band), pointer(c, "outlier_run", &QLinear::outlier_run);
   pointer(c, "outlier_vector", &QLinear::outlier_vector);
   c.def("outlier_band_bytes", [](const QLinear& q, int layout) {
@@ -148,17 +149,30 @@ void bind_elementwise(py::module_& m, py::class_<Program>& program) {
   pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y), dtype(silu, &SiluMul::dtype);
 }
 
+void bind_transform(py::module_& m, py::class_<Program>& program) {
+  auto c = bind<Transform>(m, program, "Transform");
+  c.def_readwrite("m", &Transform::m).def_readwrite("n", &Transform::n).def_readwrite("a", &Transform::a).def_readwrite("b", &Transform::b);
+  c.def_readwrite("x_stride", &Transform::x_stride).def_readwrite("y_stride", &Transform::y_stride).def_readwrite("gated", &Transform::gated);
+  c.def_readwrite("eps", &Transform::eps).def_readwrite("bits", &Transform::bits);
+  pointer(c, "x", &Transform::x), pointer(c, "weight", &Transform::weight), pointer(c, "left", &Transform::left);
+  pointer(c, "right", &Transform::right), pointer(c, "y", &Transform::y), pointer(c, "clip", &Transform::clip);
+  pointer(c, "code", &Transform::code), pointer(c, "scale", &Transform::scale), dtype(c, &Transform::dtype);
+}
+
 void bind_attention(py::module_& m, py::class_<Program>& program) {
   py::class_<KVCache> cache(m, "KVCache");
   cache.def(py::init<>()).def_readwrite("slot_stride", &KVCache::slot_stride).def_readwrite("head_stride", &KVCache::head_stride);
   cache.def_readwrite("bits", &KVCache::bits);
   pointer(cache, "k", &KVCache::k), pointer(cache, "v", &KVCache::v);
   pointer(cache, "k_scale", &KVCache::k_scale), pointer(cache, "v_scale", &KVCache::v_scale);
+  pointer(cache, "k_zero", &KVCache::k_zero), pointer(cache, "v_zero", &KVCache::v_zero);
   auto rope = bind<RopeKV>(m, program, "RopeKV");
   rope.def_readwrite("m", &RopeKV::m).def_readwrite("heads", &RopeKV::heads).def_readwrite("kv_heads", &RopeKV::kv_heads);
   rope.def_readwrite("head_dim", &RopeKV::head_dim).def_readwrite("qkv_stride", &RopeKV::qkv_stride).def_readwrite("cache", &RopeKV::cache);
   dtype(rope, &RopeKV::dtype);
   pointer(rope, "qkv", &RopeKV::qkv), pointer(rope, "cos", &RopeKV::cos), pointer(rope, "sin", &RopeKV::sin);
+  pointer(rope, "q_transform", &RopeKV::q_transform), pointer(rope, "k_transform", &RopeKV::k_transform);
+  pointer(rope, "k_clip", &RopeKV::k_clip), pointer(rope, "v_clip", &RopeKV::v_clip);
   pointer(rope, "slot", &RopeKV::slot), pointer(rope, "position", &RopeKV::position);
   auto attention = bind<Attention>(m, program, "Attention");
   attention.def_readwrite("m", &Attention::m).def_readwrite("heads", &Attention::heads).def_readwrite("kv_heads", &Attention::kv_heads);
@@ -176,6 +190,7 @@ PYBIND11_MODULE(_C, m) {
   auto program = bind_program(m);
   bind_qlinear(m, program);
   bind_elementwise(m, program);
+  bind_transform(m, program);
   bind_attention(m, program);
   m.def("advise_large_pages", [](uintptr_t p, size_t bytes) { advise_large_pages(reinterpret_cast<void*>(p), bytes); });
   m.def("threads", &threads);

@@ -24,12 +24,14 @@ template std::vector<Kernel<QLinear>>& kernels();
 template std::vector<Kernel<Embedding>>& kernels();
 template std::vector<Kernel<RmsNorm>>& kernels();
 template std::vector<Kernel<SiluMul>>& kernels();
+template std::vector<Kernel<Transform>>& kernels();
 template std::vector<Kernel<RopeKV>>& kernels();
 template std::vector<Kernel<Attention>>& kernels();
 template struct Row<QLinear>;
 template struct Row<Embedding>;
 template struct Row<RmsNorm>;
 template struct Row<SiluMul>;
+template struct Row<Transform>;
 template struct Row<RopeKV>;
 template struct Row<Attention>;
 

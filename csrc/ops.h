@@ -44,8 +44,10 @@ struct OutlierRun {
 // y[m,n] = x[m,k] · w[n,k]ᵀ (+ bias) (+ residual),  w = scale · (code − zero), outlier values and whole columns in their places.
 // gated: y[m,n/2] = silu(g) · u instead, where g and u are the first and the second half of those n columns; no residual.
 // act_bits 16: a kernel may use x as f32, as 16-bit fixed point with a scale a group, or (from 16 tokens on) x and w as bf16.
-// act_bits 8: each token is quantized to codes in −127…127 with scale max|x|/127, the products with the weight's codes are summed
-// exactly in int32 over a group; outliers and columns multiply the unquantized x. A token with NaN or infinity gives NaN.
+// act_bits 8 or 4: each token is quantized to integer codes (below, Transform, says how), the products with the weight's codes are summed
+// exactly in int32 over a group; outliers and columns multiply the unquantized x. A token with NaN or infinity gives NaN. CPU kernels make
+// the codes themselves; CUDA kernels get them from Transform as x_code and x_scale, and read x for outliers and columns alone. Given both,
+// the oracle takes the codes.
 // Bound on ‖y − oracle‖ / ‖oracle‖ for normally distributed x: 1e-5 with f32 or 8-bit codes, 1e-4 with fixed point (an input that
 // towers over its group costs the others of the group digits), 5e-3 with bf16.
 // For f16 and bf16 the sums are f32; codes, zeros and outliers are exact where weights go from registers into the tensor cores, and
@@ -57,11 +59,14 @@ struct QLinear {
   Dtype dtype = Dtype::f32;        // of x, y and residual
   int64_t group = 0;               // inputs that share a scale: 32, 64, 128 or k
   int bits = 4;                    // 4 or 8: bits that a code occupies
-  int act_bits = 16;               // 16 or 8
+  int act_bits = 16;               // 16, 8 or 4
   Layout layout = Layout::canonical;
   bool scale_f32 = false;          // scale is f32, else f16
   const float* x = nullptr;
   int64_t x_stride = 0;
+  const float* act_clip = nullptr; // nullable f32[2]: the clip of act_bits 8 or 4
+  const void* x_code = nullptr;    // nullable, with x_scale f32[m]: i8[m, k], or for 4 bits u8[m, k/2] as Transform packs them
+  const float* x_scale = nullptr;
   float* y = nullptr;
   int64_t y_stride = 0;
   bool gated = false;
@@ -112,6 +117,34 @@ struct RmsNorm {
   float eps = 0;
 };
 
+// What the linears of a site read: t[m,n] = leftᵀ · mat(v) · right, where mat(v)[a,b] is a token's v row by row, n = a·b. A factor that is
+// absent is the identity; with neither this is the plain quantizer. v is x, or what `weight` or `gated` make of it:
+//   weight   RMSNorm: v = x / sqrt(mean(x²) + eps) · weight
+//   gated    v = silu(x[:, 0:n]) · x[:, n:2n]
+// y takes t in dtype. code takes its codes, of `bits` 8 (i8[m,n]) or 4 (two's complement, two a byte, the even one in the low nibble,
+// u8[m,n/2]), and scale f32[m] what a code of 1 stands for. Either may be null, not both.
+// Codes: Q = 2^(bits−1) − 1, scale = max(clip[0] · max(t, 0), clip[1] · max(−t, 0)) / Q over the token, in f32; code = t · (1/scale) rounded to
+// nearest even, at least −Q−1 and at most Q; clip absent is 1, 1. A token with NaN or infinity has codes 0 and a scale of NaN.
+// Bound of y: 1e-5 in f32; on matrix units, which round v and what is between the factors to bf16, 1e-2; f16 and bf16 round t once more.
+// Codes are exact where they are made of an exact t, and else off by one where t lies next to the middle between two.
+struct Transform {
+  int64_t m = 0, n = 0, a = 0, b = 0;  // a, b ≤ 256; n is even for 4 bits
+  Dtype dtype = Dtype::f32;            // of x and y
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  bool gated = false;
+  const float* weight = nullptr;       // nullable f32[n]; not with gated
+  float eps = 0;
+  const void* left = nullptr;          // nullable [a,a], row-major; f32 on the CPU, f16 for CUDA
+  const void* right = nullptr;         // nullable [b,b]
+  float* y = nullptr;                  // nullable; not x
+  int64_t y_stride = 0;
+  int bits = 8;                        // of code
+  const float* clip = nullptr;         // nullable f32[2]: upper and lower ratio, in (0, 1]
+  void* code = nullptr;                // nullable; rows follow each other without gaps
+  float* scale = nullptr;
+};
+
 // y[m,n] = silu(x[m, 0:n]) · x[m, n:2n]; x holds gate and up side by side.  Bound: 1e-6 relative for f32; f16 and bf16 add the rounding
 // of y, 2^-11 or 2^-8.
 struct SiluMul {
@@ -124,19 +157,27 @@ struct SiluMul {
 // The keys and values of one layer: f16[slot][head][length][head_dim], true GQA (never repeated heads). With bits 8 they are codes
 // i8 in the same places, each worth scale · code, with a scale for each key and for each value of a head: f32[slot][head][length], whose
 // strides are those of the codes divided by head_dim. f32, for f16 would run out of digits below max|v| = 0.008 to save 3 % at head_dim 64.
+// With bits 4 codes are 0…15, each worth scale · (code − zero), two a byte with the even element in the low nibble, element i in byte i/2;
+// zero is a u8 beside each scale. Strides count elements there too.
 struct KVCache {
-  int bits = 16;                   // 16 or 8
+  int bits = 16;                   // 16, 8 or 4
   void* k = nullptr;
   void* v = nullptr;
-  float* k_scale = nullptr;        // with bits 8
+  float* k_scale = nullptr;        // with bits 8 and 4
   float* v_scale = nullptr;
+  uint8_t* k_zero = nullptr;       // with bits 4
+  uint8_t* v_zero = nullptr;
   int64_t slot_stride = 0;         // elements from one slot to the next
   int64_t head_stride = 0;         // elements from one head to the next: length · head_dim
 };
 
 // Rotates q in place and k on its way to the cache, and writes v beside it, for rows (slot, position). What qkv holds of k afterwards
-// is the kernel's own. For a cache of 8 bits, scale = max|v| / 127 and codes are rounded to nearest even; where a head holds NaN or
-// infinity its scale is NaN, so that it stays visible, and its codes are 0.
+// is the kernel's own. After the rotation q ← q · q_transform and k ← k · k_transform, head by head, where there are any: a change of
+// basis that leaves q·k as it was and makes keys easier to quantize.
+// For a cache of 8 bits, scale = max|v| / 127 and codes are rounded to nearest even; where a head holds NaN or infinity its scale is NaN,
+// so that it stays visible, and its codes are 0. For 4 bits high = clip[0] · max(v, 0), low = clip[1] · min(v, 0) over the head, in f32;
+// scale = (high − low)/15, zero = −low · (1/scale) and code = v · (1/scale) + zero, each rounded to nearest even, code at least 0 and at
+// most 15; NaN or infinity as above, with zero 0. k_clip and v_clip are for 4 bits alone: wider codes have the range to spare.
 // qkv[m, (heads + 2·kv_heads)·head_dim]; pairs are (i, i + head_dim/2); cos, sin f32[≥ max position + 1, head_dim/2].
 struct RopeKV {
   int64_t m = 0, heads = 0, kv_heads = 0, head_dim = 0;
@@ -145,6 +186,10 @@ struct RopeKV {
   int64_t qkv_stride = 0;
   const float* cos = nullptr;
   const float* sin = nullptr;
+  const void* q_transform = nullptr;  // nullable [head_dim, head_dim], row-major; f32 on the CPU, f16 for CUDA
+  const void* k_transform = nullptr;  // nullable, with q_transform
+  const float* k_clip = nullptr;      // nullable f32[2]: upper and lower ratio, in (0, 1]
+  const float* v_clip = nullptr;
   const int32_t* slot = nullptr;      // [m]
   const int32_t* position = nullptr;  // [m]
   KVCache cache;

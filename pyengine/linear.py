@@ -22,17 +22,20 @@ CANONICAL = ("weight", "scale", "zero", "column_value")  # tensors that are pack
 class Linear(nn.Module):
     """y = x·wᵀ + bias with a quantized w of n outputs and k inputs.
 
-    act_bits 16 keeps x at 16 bits or more, 8 quantizes every token to INT8 on the fly. `gated` returns silu(g)·u instead, where g and u
+    act_bits 16 keeps x at 16 bits or more; 8 and 4 quantize every token to integers on the fly, within the ratios `act_clip` f32[2] of its
+    highest and lowest value. `gated` returns silu(g)·u instead, where g and u
     are the two halves of those outputs. `kernel` forces a row of the dispatch table by name and raises RuntimeError if it refuses;
     `kernel_name()` says which row runs.
     """
 
-    def __init__(self, weight: QTensor, act_bits: int = 16, kernel: str = "", gated: bool = False):
+    def __init__(self, weight: QTensor, act_bits: int = 16, kernel: str = "", gated: bool = False, act_clip: Tensor | None = None):
         super().__init__()
-        if act_bits not in (8, 16):
-            raise ValueError(f"Linear: act_bits is {act_bits}, expected 8 or 16")
+        if act_bits not in (4, 8, 16):
+            raise ValueError(f"Linear: act_bits is {act_bits}, expected 4, 8 or 16")
         if gated and weight.n % 2:
             raise ValueError(f"Linear: {weight.n} outputs cannot be gated, they have no halves")
+        if act_clip is not None and not ((ops.check(act_clip, "Linear: act_clip", torch.float32, (2,)) > 0) & (act_clip <= 1)).all():
+            raise ValueError(f"Linear: act_clip is {act_clip.tolist()}, expected two ratios above 0 and at most 1")
         weight.check()
         self.in_features, self.out_features = weight.k, weight.n // 2 if gated else weight.n
         self.bits, self.group, self.outliers = weight.container, weight.group, weight.outliers
@@ -42,17 +45,17 @@ class Linear(nn.Module):
         self._op = op = _C.QLinear()
         op.n, op.k, op.group, op.bits, op.act_bits = weight.n, weight.k, weight.group, weight.container, act_bits
         op.columns, op.scale_f32, op.gated = weight.columns, weight.scale.dtype == torch.float32, gated
-        self._keep(weight)
+        self._keep(weight, act_clip)
         layout = op.target_layout(kernel)
         if layout:
             self._tensors |= ops.pack(op, layout)
 
-    def _keep(self, w: QTensor) -> None:
+    def _keep(self, w: QTensor, act_clip: Tensor | None) -> None:
         """Hold the canonical tensors and point the op at them. They are no buffers: `module.to(dtype)` would free what the op points to."""
         bias = None if w.bias is None else w.bias.float()
         col = None if not w.outliers else w.outlier_col.to(torch.uint16 if w.k <= 65536 else torch.int32).contiguous()
         row, value = (w.outlier_row, w.outlier_value) if w.outliers else (None, None)
-        tensors = {"weight": w.weight, "scale": w.scale, "zero": w.zero, "bias": bias}
+        tensors = {"weight": w.weight, "scale": w.scale, "zero": w.zero, "bias": bias, "act_clip": act_clip}
         tensors |= {"outlier_row": row, "outlier_col": col, "outlier_value": value}
         if w.columns:
             tensors |= {"column_index": w.column_index, "column_value": w.column_value}

@@ -11,7 +11,7 @@ from torch import Tensor, float32, int32, int64, uint8
 
 from . import _C, memory
 
-KV_DTYPES = {16: torch.float16, 8: torch.int8}  # of the KV cache, by its bits
+KV_DTYPES = {16: torch.float16, 8: torch.int8, 4: torch.uint8}  # of the KV cache, by its bits; two codes of 4 bits share a byte
 
 
 class Program:
@@ -39,7 +39,7 @@ def go(op, kernel: str, program: Program | None, *owners: object) -> None:
 
 def kernels() -> dict[str, list[dict]]:
     """The dispatch table: op → rows with name, device, rank, layout and what this machine is missing for them (None if nothing)."""
-    return {op.__name__: op.kernels() for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.RopeKV, _C.Attention)}
+    return {op.__name__: op.kernels() for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention)}
 
 
 def threads() -> int:
@@ -110,24 +110,66 @@ def silu_mul(x: Tensor, out: Tensor | None = None, kernel: str = "", program: Pr
     return out
 
 
-def _cache(name: str, k: Tensor, v: Tensor, kv_scale: tuple[Tensor, Tensor] | None) -> _C.KVCache:
-    """k, v f16[slots, kv_heads, length, head_dim] of one layer; or i8, with kv_scale: theirs, f32[slots, kv_heads, length]."""
-    slots, kv_heads, length, head_dim = k.shape
+def transform(
+    x: Tensor, a: int, b: int, *, left: Tensor | None = None, right: Tensor | None = None, weight: Tensor | None = None, eps: float = 0.0,
+    gated: bool = False, out: Tensor | None = None, codes: tuple[Tensor, Tensor] | None = None, bits: int = 8, clip: Tensor | None = None,
+    kernel: str = "", program: Program | None = None,
+) -> Tensor | None:  # fmt: skip
+    """leftᵀ · mat(v)[a, b] · right of every token of x f32[m, a·b] → f32[m, a·b]; v is x, RMSNorm(x)·weight, or silu(gate)·up of x f32[m, 2·a·b].
+
+    left f32[a, a], right f32[b, b], weight f32[a·b]. `codes` (i8[m, a·b] or for 4 bits u8[m, a·b/2], scale f32[m]) takes the quantized result,
+    within the ratios clip f32[2]; without `out` nothing else is written then. See Transform in csrc/ops.h.
+    """
+    m, n = x.shape[0], a * b
+    if gated and weight is not None:
+        raise ValueError("transform: gated and weight exclude each other")
+    if not (1 <= a <= 256 and 1 <= b <= 256):
+        raise ValueError(f"transform: factors of {a} and {b}, expected 1 to 256")
+    op = _C.Transform()
+    op.m, op.n, op.a, op.b, op.eps, op.gated, op.bits = m, n, a, b, eps, gated, bits
+    op.x, op.x_stride = check(x, "transform: x", float32, (m, 2 * n if gated else n)).data_ptr(), x.stride(0)
+    for name, t, shape in (("left", left, (a, a)), ("right", right, (b, b)), ("weight", weight, (n,)), ("clip", clip, (2,))):
+        setattr(op, name, 0 if t is None else _contiguous(t, f"transform: {name}", float32, shape).data_ptr())
+    if out is None and codes is None:
+        out = x.new_empty(m, n)
+    if out is not None:
+        op.y, op.y_stride = check(out, "transform: out", float32, (m, n)).data_ptr(), out.stride(0)
+    if codes is not None:
+        if bits not in (4, 8) or bits == 4 and n % 2:
+            raise ValueError(f"transform: codes of {bits} bits for {n} inputs, expected 8, or 4 for an even number")
+        dtype, width = (torch.int8, n) if bits == 8 else (uint8, n // 2)
+        op.code = _contiguous(codes[0], "transform: codes", dtype, (m, width)).data_ptr()
+        op.scale = _contiguous(codes[1], "transform: scale", float32, (m,)).data_ptr()
+    if m:
+        go(op, kernel, program, x, left, right, weight, clip, out, codes)
+    return out
+
+
+def _cache(name: str, k: Tensor, v: Tensor, kv_scale: tuple[Tensor, ...] | None) -> _C.KVCache:
+    """k, v of one layer: f16[slots, kv_heads, length, head_dim]; i8 with kv_scale, theirs f32[slots, kv_heads, length]; or, for 4 bits,
+    u8[slots, kv_heads, length, head_dim/2] with kv_scale (scale of k, of v, zero of k, of v), zeros u8 as the scales."""
+    slots, kv_heads, length, width = k.shape
     cache = _C.KVCache()
-    cache.bits = 16 if kv_scale is None else 8
+    cache.bits = 16 if kv_scale is None else 8 if len(kv_scale) == 2 else 4
+    per_element = 2 if cache.bits == 4 else 1
     for label, t in (("k cache", k), ("v cache", v)):
-        check(t, f"{name}: {label}", KV_DTYPES[cache.bits], (slots, kv_heads, length, head_dim))
-        if t.stride(2) != head_dim or t.stride() != k.stride() or t.stride(1) < length * head_dim:
+        check(t, f"{name}: {label}", KV_DTYPES[cache.bits], (slots, kv_heads, length, width))
+        if t.stride(2) != width or t.stride() != k.stride() or t.stride(1) < length * width:
             raise ValueError(f"{name}: {label} must have contiguous heads that do not overlap, laid out as the other one")
-    for label, t in zip(("k scale", "v scale"), kv_scale or ()):
-        check(t, f"{name}: {label}", float32, (slots, kv_heads, length))
-        if tuple(stride * head_dim for stride in t.stride()) != k.stride()[:3]:
-            raise ValueError(f"{name}: {label} must be laid out as the cache, a scale for every {head_dim} codes")
+    for label, t in zip(("k scale", "v scale", "k zero", "v zero"), kv_scale or ()):
+        check(t, f"{name}: {label}", uint8 if label.endswith("zero") else float32, (slots, kv_heads, length))
+        if tuple(stride * width for stride in t.stride()) != k.stride()[:3]:
+            raise ValueError(f"{name}: {label} must be laid out as the cache, one for every {width * per_element} codes")
     cache.k, cache.v = k.data_ptr(), v.data_ptr()
-    cache.slot_stride, cache.head_stride = k.stride(0), k.stride(1)
-    if kv_scale is not None:
-        cache.k_scale, cache.v_scale = (t.data_ptr() for t in kv_scale)
+    cache.slot_stride, cache.head_stride = k.stride(0) * per_element, k.stride(1) * per_element
+    for field, t in zip(("k_scale", "v_scale", "k_zero", "v_zero"), kv_scale or ()):
+        setattr(cache, field, t.data_ptr())
     return cache
+
+
+def _head_dim(k: Tensor) -> int:
+    """Of a cache whose keys are `k`."""
+    return k.shape[3] * (2 if k.dtype == KV_DTYPES[4] else 1)
 
 
 def _check_rows(name: str, slot: Tensor, position: Tensor, m: int) -> None:
@@ -137,13 +179,15 @@ def _check_rows(name: str, slot: Tensor, position: Tensor, m: int) -> None:
 
 def rope_kv(
     qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, heads: int,
-    kv_scale: tuple[Tensor, Tensor] | None = None, kernel: str = "", program: Program | None = None,
+    kv_scale: tuple[Tensor, ...] | None = None, basis: tuple[Tensor, Tensor] | None = None, clip: tuple[Tensor | None, Tensor | None] = (None, None),
+    kernel: str = "", program: Program | None = None,
 ) -> None:  # fmt: skip
     """Turn q of qkv f32[m, (heads + 2·kv_heads)·head_dim] in place; write turned k and v to the cache (see `_cache`) at (slot, position) i32[m].
 
-    cos, sin f32[length, head_dim/2]. The caller keeps slots and positions within the cache (`Batch` checks them).
+    cos, sin f32[length, head_dim/2]. `basis` f32[head_dim, head_dim] twice: what q and k of every head are multiplied by after the rotation.
+    `clip` f32[2] twice: ratios of k and v for a cache of 4 bits. The caller keeps slots and positions within the cache (`Batch` checks them).
     """
-    m, kv_heads, head_dim = qkv.shape[0], k.shape[1], k.shape[3]
+    m, kv_heads, head_dim = qkv.shape[0], k.shape[1], _head_dim(k)
     _check_rows("rope_kv", slot, position, m)
     op = _C.RopeKV()
     op.m, op.heads, op.kv_heads, op.head_dim = m, heads, kv_heads, head_dim
@@ -152,18 +196,22 @@ def rope_kv(
     op.cos = _contiguous(cos, "rope_kv: cos", float32, (cos.shape[0], head_dim // 2)).data_ptr()
     op.sin = _contiguous(sin, "rope_kv: sin", float32, (cos.shape[0], head_dim // 2)).data_ptr()
     op.slot, op.position, op.cache = slot.data_ptr(), position.data_ptr(), _cache("rope_kv", k, v, kv_scale)
-    go(op, kernel, program, qkv, cos, sin, k, v, kv_scale, slot, position)
+    for field, t in zip(("q_transform", "k_transform"), basis or ()):
+        setattr(op, field, _contiguous(t, f"rope_kv: {field}", float32, (head_dim, head_dim)).data_ptr())
+    for field, t in zip(("k_clip", "v_clip"), clip):
+        setattr(op, field, 0 if t is None else _contiguous(t, f"rope_kv: {field}", float32, (2,)).data_ptr())
+    go(op, kernel, program, qkv, cos, sin, k, v, kv_scale, basis, clip, slot, position)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, scale: float, out: Tensor | None = None, exact: bool = False,
-    kv_scale: tuple[Tensor, Tensor] | None = None, kernel: str = "", program: Program | None = None,
+    kv_scale: tuple[Tensor, ...] | None = None, kernel: str = "", program: Program | None = None,
 ) -> Tensor:  # fmt: skip
     """q f32[m, heads·head_dim] over the cache (see `_cache`): row i sees positions 0…position[i] of slot[i] → f32[m, heads·head_dim].
 
     `exact` keeps to f32 where bf16 would be quicker.
     """
-    m, kv_heads, head_dim = q.shape[0], k.shape[1], k.shape[3]
+    m, kv_heads, head_dim = q.shape[0], k.shape[1], _head_dim(k)
     heads = q.shape[1] // head_dim
     if heads % kv_heads or heads * head_dim != q.shape[1]:
         raise ValueError(f"attention: q has {q.shape[1]} features, expected a multiple of {kv_heads} heads of {head_dim}")

@@ -38,16 +38,17 @@ def error(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("act_bits", (16, 8))
+@pytest.mark.parametrize("act_bits", (16, 8, 4))
 @pytest.mark.parametrize("bits", (4, 8))
 @pytest.mark.parametrize("kernel", rows("QLinear"))
 def test_qlinear_matches_the_oracle(kernel, bits, act_bits, mask):
     if not takes(kernel, act_bits=act_bits):
         return
+    clip = torch.tensor([0.9, 0.7]) if act_bits == 4 else None
     for n, k, group in SHAPES:
         for asymmetric in (False, True):
             w = random_weight(n, k, group, bits, asymmetric, mask, bias=asymmetric, scale_f32=n == 33)
-            oracle, layer = Linear(w, act_bits, "qlinear_reference"), Linear(w, act_bits, kernel)
+            oracle, layer = (Linear(w, act_bits, name, act_clip=clip) for name in ("qlinear_reference", kernel))
             assert layer.kernel_name(16) == kernel
             tokens = [m for m in TOKENS if m * n * k <= 6_000_000 and takes(kernel, m)]
             x, residual = torch.randn(tokens[-1], k), torch.randn(tokens[-1], n) * 3
@@ -139,20 +140,46 @@ def test_the_oracle_matches_torch_in_float64(bits, mask):
         assert error(y, expected) <= 1e-7
 
 
+@pytest.mark.parametrize("act_bits", (4, 8))
 @pytest.mark.parametrize("bits", (4, 8))
 @pytest.mark.parametrize("kernel", ["qlinear_reference", *rows("QLinear")])
-def test_integer_products_are_exact(kernel, bits):
+def test_integer_products_are_exact(kernel, bits, act_bits):
     """Scales of 1 and activations that are their own codes leave nothing but the integer sum, which f32 holds up to 2^24."""
-    if not takes(kernel, act_bits=8):
+    if not takes(kernel, act_bits=act_bits):
         return
+    most = (1 << (act_bits - 1)) - 1
     for n, k, group in ((33, 96, 32), (16, 512, 128), (40, 1000, 1000)):
         w = random_weight(n, k, group, bits)
         w.scale = torch.ones_like(w.scale)
-        x = torch.randint(-127, 128, (9, k)).float()
-        x[:, 0] = 127  # so that the token's scale is 1
+        x = torch.randint(-most, most + 1, (9, k)).float()
+        x[:, 0] = most  # so that the token's scale is 1
         expected = x.double() @ w.dequantize().double().T
         assert expected.abs().max() < 2**24
-        assert torch.equal(Linear(w, 8, kernel)(x).double(), expected)
+        assert torch.equal(Linear(w, act_bits, kernel)(x).double(), expected)
+
+
+@pytest.mark.parametrize("act_bits", (4, 8))
+@pytest.mark.parametrize("kernel", ["qlinear_reference", *rows("QLinear")])
+def test_activations_are_clipped_and_rounded_as_ops_h_says(kernel, act_bits):
+    if not takes(kernel, act_bits=act_bits):
+        return
+    w = random_weight(33, 96, 96, mask="sparse")
+    dense = w.dequantize()
+    outliers = torch.zeros_like(dense)
+    outliers[torch.repeat_interleave(torch.arange(w.n), w.outlier_row.diff()), w.outlier_col.long()] = w.outlier_value.float()
+    x = torch.randn(9, 96) * torch.logspace(-4, 4, 9)[:, None]
+    x[8] = 0
+    for clip in (None, torch.tensor([0.6, 0.8]), torch.tensor([1.0, 0.3])):
+        high, low = (1.0, 1.0) if clip is None else clip
+        q = (1 << (act_bits - 1)) - 1
+        scale = torch.maximum(high * x.amax(1).clamp(min=0), low * (-x).amax(1).clamp(min=0)) / q
+        code = (x * torch.where(scale > 0, 1 / scale, 0)[:, None]).round().clamp(-q - 1, q)
+        assert clip is None or (code == -q - 1).any() or (code == q).sum() > 9
+        expected = (code.double() * scale[:, None].double()) @ (dense - outliers).double().T + x.double() @ outliers.double().T
+        assert error(Linear(w, act_bits, kernel, act_clip=clip)(x), expected) <= 1e-5, clip
+    for bad in ([0.0, 1.0], [1.0, 1.1], [torch.nan, 1.0]):
+        with pytest.raises(ValueError, match="act_clip is"):
+            Linear(w, act_bits, kernel, act_clip=torch.tensor(bad))
 
 
 @pytest.mark.parametrize("kernel", rows("QLinear"))

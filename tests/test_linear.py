@@ -48,8 +48,8 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
         layer(torch.randn(3, 63))
     with pytest.raises(ValueError, match=r"out is float32\[3, 15\], expected float32\[3, 16\]"):
         layer(torch.randn(3, 64), out=torch.empty(3, 15))
-    with pytest.raises(ValueError, match="act_bits is 4"):
-        Linear(random_weight(16, 64, 32), act_bits=4)
+    with pytest.raises(ValueError, match="act_bits is 5"):
+        Linear(random_weight(16, 64, 32), act_bits=5)
     with pytest.raises(ValueError, match="bits is 5"):
         Linear.from_float(nn.Linear(64, 8), bits=5)
 

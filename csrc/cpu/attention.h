@@ -106,6 +106,7 @@ struct AttentionTask {
 };
 
 inline const char* attention_refuses(const Attention& op) {
+  if (op.cache.bits == 4) return "reads a cache of 16 or 8 bits";
   return op.head_dim > kHeadDim ? "head_dim is above 256" : nullptr;
 }
 

@@ -33,24 +33,25 @@ void store_codes(int8_t* to, typename V::I code, int count) {
   __builtin_memcpy(to, tail, size_t(count));
 }
 
-// Codes of x[count], which share a scale: in −127…127, or for two planes in ±(256·127 + 127), whose low byte is a signed plane of its
-// own. Returns the scale; NaN, and codes of 0, if an input is NaN or infinite.
+// Codes of x[n], which share a scale (ops.h, Transform): of `bits` within clip's ratios, or for two planes in ±(256·127 + 127), whose low
+// byte is a signed plane of its own. Returns the scale; NaN, and codes of 0, if an input is NaN or infinite.
 template <class V, int planes>
-float quantize_group(const float* x, int64_t n, int8_t* const (&code)[planes]) {
+float quantize_group(const float* x, int64_t n, int8_t* const (&code)[planes], int bits = 8, const float* clip = nullptr) {
   using F = typename V::F;
-  F top = V::zero(), broken = V::zero();  // broken turns NaN with the first NaN or infinity, which max() may lose
+  F high = V::zero(), low = V::zero(), broken = V::zero();  // broken turns NaN with the first NaN or infinity, which max() may lose
   for (int64_t c = 0; c < n; c += V::lanes) {
     const F v = V::load(x + c, int(n - c < V::lanes ? n - c : V::lanes));
-    top = V::max(top, V::abs(v)), broken = V::fma(v, V::zero(), broken);
+    high = V::max(high, v), low = V::min(low, v), broken = V::fma(v, V::zero(), broken);
   }
-  constexpr float most = planes == 1 ? 127.0f : 256.0f * 127.0f + 127.0f;
-  const float scale = V::largest(top) / most + V::sum(broken);
-  const F inverse = V::set(scale > 0 ? 1.0f / scale : 0.0f), limit = V::set(most);
+  const float most = planes == 1 ? float((1 << (bits - 1)) - 1) : 256.0f * 127.0f + 127.0f;
+  const float above = V::largest(high) * (clip ? clip[0] : 1.0f), below = V::largest(V::sub(V::zero(), low)) * (clip ? clip[1] : 1.0f);
+  const float scale = (above > below ? above : below) / most + V::sum(broken);
+  const F inverse = V::set(scale > 0 ? 1.0f / scale : 0.0f), limit = V::set(most), least = V::set(planes == 1 ? -most - 1.0f : -most);
   for (int64_t c = 0; c < n; c += V::lanes) {
     const int count = int(n - c < V::lanes ? n - c : V::lanes);
     const F v = V::round(V::mul(V::load(x + c, count), inverse));
     // In this order NaN, the second operand, gets through: as an int it is −2^31, whose low bytes are 0.
-    const auto i = V::to_int(V::max(V::sub(V::zero(), limit), V::min(limit, v)));
+    const auto i = V::to_int(V::max(least, V::min(limit, v)));
     store_codes<V>(code[0] + c, planes == 1 ? i : V::high_byte(i), count);
     if constexpr (planes == 2) store_codes<V>(code[1] + c, i, count);
   }
@@ -152,6 +153,10 @@ struct RopeRow {
     for (; c < d; ++c) to[c] = V::half(v[c]);
   }
 };
+
+inline const char* rope_kv_refuses(const RopeKV& op) {
+  return op.cache.bits == 4 || op.q_transform ? "writes a cache of 16 or 8 bits, without a change of basis" : nullptr;
+}
 
 template <class V>
 void rope_kv(const RopeKV& op, void*) {

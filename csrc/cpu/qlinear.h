@@ -3,7 +3,7 @@
 // A lane is an output. A word of codes (ops.h, Layout) feeds 8 or 4 inputs, so weights are read once per block of tokens and never
 // stored in another form. Activations come in `planes`:
 //   0  f32: each code is turned to f32 in a register and multiplied with the broadcast activation;
-//   1  act_bits 8: an i8 code with a scale a token; a word goes through one integer dot product;
+//   1  act_bits 8 or 4: an i8 code with a scale a token; a word goes through one integer dot product;
 //   2  act_bits 16 where dot products are quick (V::planes): 16-bit fixed point with a scale a group, split into two i8 planes,
 //      x ≈ scale · (256·high + low), which two dot products sum exactly. Reading 16 weights a lane costs 7 instructions where f32
 //      takes 24, so that one token is bound by the memory and several cost half.
@@ -88,7 +88,7 @@ struct QLinearTile {
   float quantize(int64_t i, int64_t begin, int64_t end) const {
     int8_t* code[planes];
     for (int p = 0; p < planes; ++p) code[p] = code_row(p, i) + begin;
-    return quantize_group<V, planes>(x_row(i) + begin, end - begin, code);
+    return quantize_group<V, planes>(x_row(i) + begin, end - begin, code, op.act_bits, op.act_clip);
   }
 
   template <int planes>
@@ -411,7 +411,8 @@ template <class V>
 const char* qlinear_refuses(const QLinear& op) {
   if (op.gated && (op.n % 2 || op.residual)) return "a gated result has two halves and no residual";
   if (op.layout != Layout::canonical && bool(op.outlier_row) != bool(op.outlier_band)) return "outliers are not packed";
-  const bool integer = op.act_bits == 8 || V::planes;
+  if (op.x_code) return "it makes the codes of activations itself";
+  const bool integer = op.act_bits < 16 || V::planes;
   const bool overflows = integer && op.group > INT32_MAX / 128 / ((1 << op.bits) - 1);
   return overflows ? "the int32 sum of a group this long may overflow" : nullptr;
 }
@@ -421,9 +422,9 @@ void qlinear(const QLinear& op, void*) {
   for (int64_t i = 0; i < op.m; i += kChunk) {
     const QLinearTile<V> tile(op, i, op.m - i < kChunk ? op.m - i : kChunk);
     if (op.bits == 4)
-      op.act_bits == 8 ? tile.template run<4, 1>() : tile.template run<4, V::planes>();
+      op.act_bits < 16 ? tile.template run<4, 1>() : tile.template run<4, V::planes>();
     else
-      op.act_bits == 8 ? tile.template run<8, 1>() : tile.template run<8, V::planes>();
+      op.act_bits < 16 ? tile.template run<8, 1>() : tile.template run<8, V::planes>();
   }
 }
 

@@ -17,7 +17,7 @@ constexpr auto plain = Layout::canonical;
 const Row<QLinear> qlinear_row{{"qlinear_" PE_ISA_NAME, cpu, V::arch, rank, V::layout, qlinear_refuses<V>, qlinear<V>}};
 const Row<RmsNorm> rmsnorm_row{{"rmsnorm_" PE_ISA_NAME, cpu, V::arch, rank, plain, rmsnorm_refuses, rmsnorm<V>}};
 const Row<SiluMul> silu_mul_row{{"silu_mul_" PE_ISA_NAME, cpu, V::arch, rank, plain, nullptr, silu_mul<V>}};
-const Row<RopeKV> rope_kv_row{{"rope_kv_" PE_ISA_NAME, cpu, V::arch, rank, plain, nullptr, rope_kv<V>}};
+const Row<RopeKV> rope_kv_row{{"rope_kv_" PE_ISA_NAME, cpu, V::arch, rank, plain, rope_kv_refuses, rope_kv<V>}};
 const Row<Attention> attention_row{{"attention_" PE_ISA_NAME, cpu, V::arch, rank, plain, attention_refuses, attention<V>}};
 
 }  // namespace

@@ -45,6 +45,7 @@ rope_kv_kernel(const __grid_constant__ RopeKV op) {
 
 const char* refuses(const RopeKV& op) {
   if (op.cache.bits != 16) return "writes a cache of 16 bits";
+  if (op.q_transform) return "changes no basis after the rotation";
   if (op.head_dim % 16) return "head_dim is no multiple of 16";
   if (op.qkv_stride % 8 || op.cache.slot_stride % 8 || op.cache.head_stride % 8) return "a stride is no multiple of 8";
   for (const void* p : {static_cast<const void*>(op.qkv), static_cast<const void*>(op.cos), static_cast<const void*>(op.sin),
