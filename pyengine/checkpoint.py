@@ -75,6 +75,10 @@ class Writer:
     def write(self, part: int, tensors: dict[str, Tensor]) -> None:
         write_file(self._shard(part), (_safetensors(tensors),))
 
+    def read(self, part: int) -> dict[str, Tensor]:
+        """The tensors of a part that is finished, before `finish`."""
+        return _read(self._shard(part))
+
     def finish(self, config: dict, save_tokenizer: Callable[[Path], object]) -> dict[str, int]:
         """Merge small shards, write index, tokenizer and config, move everything to OUT. Returns the bytes of each tensor."""
         shards = [self._shard(i) for i in range(self.parts)]

@@ -96,6 +96,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--outliers", type=float, default=0.01, help="share of weights kept in FP16 (default 0.01)")
     p.add_argument("--score", help="how outliers are ranked (default: the method's own)")
     p.add_argument("--scope", help="where they are looked for: tensor, global, row, structured or columns (default: the method's own)")
+    p.add_argument("--rounding", help="how the other weights are rounded: rtn, gptq, ... (default: the method's own)")
     p.add_argument("--act-bits", type=int, default=16, help="bits of activations at run time: 16, 8 or 4 (default 16)")
     p.add_argument("--head-bits", type=int, default=8, help="bits of the output matrix: 8 or 16 (default 8)")
     p.add_argument("--calib", metavar="FILE", help="UTF-8 calibration text (default: text that the model writes itself)")
@@ -197,7 +198,7 @@ def quantize(args: argparse.Namespace) -> int:
         raise ValueError(f"device is {args.device!r}; this build quantizes on 'cpu'")
     if args.threads is not None:
         ops.set_threads(args.threads)
-    names = ("method", "bits", "group_size", "outliers", "score", "scope", "act_bits", "kv_bits", "head_bits", "calib", "seed", "resume")
+    names = ("method", "bits", "group_size", "outliers", "score", "scope", "rounding", "act_bits", "kv_bits", "head_bits", "calib", "seed", "resume")
     options = {name: getattr(args, name) for name in names} | {"symmetric": not args.asymmetric}
     options |= {name: value for name in ("samples", "seq_len", "steps") if (value := getattr(args, name)) is not None}
     report = run(args.model, args.out, **options)

@@ -9,7 +9,8 @@ A method is a module in `pyengine/quant/` named like the method ('-' becomes '_'
     statistics(folder) -> dict                             optional: what `quantize_block` noted in `block.folder`, for the report
     GROUP_SIZE, STEPS                                      optional: its group size (else 128) and training steps (else it takes none)
 
-It decides codes and outliers; the driver reads, names, writes, resumes and reports.
+and, if other methods may have their weights rounded by it, what `quant/rounding.py` says. It decides codes and outliers; the driver
+reads, names, writes, resumes and reports.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .quant.calibration import Batches, FloatModel, Progress, self_written, show
 from .quant.common import FLOAT16_MAX, Block, Spec, quantize_matrix
 from .tokenizer import Tokenizer, load_tokenizer
 
-HELPERS = ("__init__", "common", "calibration", "outliers")  # files in quant/ that are not methods
+HELPERS = ("__init__", "common", "calibration", "outliers", "rounding")  # files in quant/ that are not methods
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
 VERSION = 1  # of what is written: one more when the same options give other bytes
 
@@ -60,6 +61,7 @@ def quantize(
     outliers: float = 0.01,
     score: str | None = None,
     scope: str | None = None,
+    rounding: str | None = None,
     act_bits: int = 16,
     kv_bits: int = 16,
     head_bits: int = 8,
@@ -73,18 +75,20 @@ def quantize(
 ) -> dict:
     """Quantize a checkpoint (a path, or what `open_checkpoint` returned) into the new directory `out`; returns a report.
 
-    calib is a UTF-8 text to calibrate on; without one the model writes its own. group_size, score, scope, samples, seq_len and
-    steps are the method's own where None. `progress(items, label)` wraps the
-    long loops. act_bits and kv_bits are recorded for the runtime, which quantizes those as it runs. Raises ValueError
-    for arguments that make no sense, CheckpointError for a source that cannot be trusted, OSError if the disk is full; in
-    all of these `out` does not appear, and `resume=True` continues a run that was cut short.
+    calib is a UTF-8 text to calibrate on; without one the model writes its own. group_size, score, scope, rounding, samples, seq_len
+    and steps are the method's own where None. `progress(items, label)` wraps the long loops. act_bits and kv_bits are recorded for the
+    runtime, which quantizes those as it runs. Raises ValueError for arguments that make no sense, CheckpointError for a source that
+    cannot be trusted, OSError if the disk is full; in all of these `out` does not appear, and `resume=True` continues a run that was
+    cut short.
     """
     module = load_method(method)
     group_size = getattr(module, "GROUP_SIZE", Spec.group_size) if group_size is None else group_size
     if steps is not None and not hasattr(module, "STEPS"):
         raise ValueError(f"steps is {steps}, but {method} does not train")
     steps = getattr(module, "STEPS", None) if steps is None else steps
-    spec = Spec(method, bits, group_size, symmetric, outliers, score, scope, act_bits, kv_bits, head_bits, samples, seq_len, steps, seed).check()
+    spec = Spec(
+        method, bits, group_size, symmetric, outliers, score, scope, rounding, act_bits, kv_bits, head_bits, samples, seq_len, steps, seed
+    ).check()  # fmt: skip
     spec = module.complete(spec)
     require_free(out)  # before the minutes that a calibration text may take
     started = time.monotonic()
@@ -97,7 +101,7 @@ def quantize(
     seconds = {"calibration_text": time.monotonic() - started}
 
     started = time.monotonic()
-    batches = Batches(source, ids, writer.work, progress) if ids is not None else None
+    batches = Batches(source, ids, writer.work, progress, writer.read) if ids is not None else None
     statistics = module.prepare(source, batches, spec) if batches and hasattr(module, "prepare") else {}
     seconds["prepare"] = time.monotonic() - started
 
@@ -106,6 +110,8 @@ def quantize(
     for i in progress(range(source.blocks), f"quantizing with {method}, block by block"):
         if not writer.has(i):
             writer.write(i, quantized_block(module, source, batches, writer.work, i, spec))
+        if batches:
+            batches.forget(i)
     if not writer.has(source.blocks):
         writer.write(source.blocks, outer_tensors(source, spec))
     statistics |= module.statistics(writer.work) if hasattr(module, "statistics") else {}
@@ -147,6 +153,8 @@ def quantized_block(module: ModuleType, model: FloatModel, batches: Batches | No
     prefix = f"model.layers.{i}."
     weights = model.block(i)
     block = Block(i, prefix, weights, model.arch.SITES, batches.forward if batches else None, work, model.config)
+    if batches:
+        block.quantized_inputs = lambda: batches.quantized_inputs(i)
     quantized = module.quantize_block(block, (lambda: batches.inputs(i)) if batches else None, spec)
     tensors = {f"{prefix}{name}.weight": norm_tensor(model, f"{prefix}{name}.weight", weights[f"{name}.weight"]) for name in model.arch.NORMS}
     for name, q in quantized.items():

@@ -79,7 +79,7 @@ def test_walk_equals_autograd_over_the_whole_model(model, batches, monkeypatch, 
 
 @pytest.mark.parametrize("score", ["abs_g", "sq_g", "abs_g_dw", "fisher_dw2"])
 def test_prepare_leaves_the_masks_of_these_gradients(model, batches, score):
-    spec = Spec(group_size=32, score=score, scope="tensor")
+    spec = Spec(group_size=32, score=score, scope="tensor", rounding="rtn")
     stats = gwq.prepare(model, batches, spec)
     reference = list(reference_gradients(batches.ids))
     assert stats["calibration_loss"] == pytest.approx(sum(loss for loss, _ in reference) / 3, abs=1e-4)
@@ -155,7 +155,7 @@ def test_hdiag_is_the_inputs_without_the_first_token(model, batches):
     for site, names in llama.SITES.items():
         for name in names:
             assert close(found[name], seen[site][:, 1:].square().sum((0, 1)))
-    spec = Spec(group_size=32, score="hdiag_dw2", scope="tensor")
+    spec = Spec(group_size=32, score="hdiag_dw2", scope="tensor", rounding="rtn")
     q = gwq.quantize_block(b, lambda: batches.inputs(1), spec)["mlp.down_proj"]
     w = b.weights["mlp.down_proj.weight"]
     mask = top_mask(found["mlp.down_proj"] * rounding_error(w, spec) ** 2, 0.01)
@@ -177,7 +177,7 @@ def test_completed_requests():
     assert gwq.complete(Spec(score="abs_w")).samples == 0
     done = paper.complete(Spec(samples=9, method="gwq-paper"))
     assert (done.score, done.samples, paper.prepare) == ("abs_g", 1, gwq.prepare)
-    assert rtn.complete(Spec()) == dataclasses.replace(Spec(), outliers=0.0, score=None, samples=0, seq_len=0)
+    assert rtn.complete(Spec()) == dataclasses.replace(Spec(), outliers=0.0, score=None, rounding="rtn", samples=0, seq_len=0)
 
 
 def test_outliers_bring_the_loss_back(model, batches):

@@ -35,6 +35,7 @@ class Spec:
     outliers: float = 0.01  # share of the weights of each matrix that stay float16
     score: str | None = None
     scope: str | None = None
+    rounding: str | None = None  # how the weights outside the mask get their codes: a file of this folder with `round_matrix` or `round_block`
     act_bits: int = 16
     kv_bits: int = 16
     head_bits: int = 8
@@ -42,6 +43,11 @@ class Spec:
     seq_len: int | None = None
     steps: int | None = None  # of training, for each block
     seed: int = 0
+
+    @property
+    def container(self) -> int:
+        """Bits that a code occupies in the file."""
+        return 8 if self.bits == 8 else 4
 
     def check(self) -> Spec:
         """Raise ValueError with the value and the allowed ones; returns self."""
@@ -80,6 +86,7 @@ class Block:
     forward: Callable | None = None  # forward(weights, x[b, t, hidden], hook, edit): the block in float
     folder: Path | None = None  # where the method's `prepare` left its notes, and `quantize_block` may leave some
     config: object | None = None  # the Config of pyengine/models/<model_type>.py
+    quantized_inputs: Callable[[], Tensor] | None = None  # f32[s, t, hidden]: the inputs as the quantized blocks before make them
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -124,11 +131,16 @@ def quantize_matrix(w: Tensor, spec: Spec, mask: Tensor | None = None, bias: Ten
     `fit_group` says. Raises CheckpointError if w or bias is not finite, or if a weight under the mask or a bias does not fit float16
     (no trained model has one; clipping it would be silent damage).
     """
-    k = w.shape[1]
-    container = 8 if spec.bits == 8 else 4
     require_finite(w, name)
-    scale, zero = fit_grid(w, spec.bits, fit_group(spec.group_size, k), spec.symmetric, mask)
-    codes = round_codes(w, scale, zero, spec.bits, container)
+    scale, zero = fit_grid(w, spec.bits, fit_group(spec.group_size, w.shape[1]), spec.symmetric, mask)
+    return assemble(w, round_codes(w, scale, zero, spec.bits, spec.container), scale, zero, spec, mask, bias, name)
+
+
+def assemble(
+    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec, mask: Tensor | None, bias: Tensor | None, name: str
+) -> QTensor:
+    """The stored form of u8 codes[n, k] on the grid that `spec` asked for; where mask[n, k] is true, of w[n, k] in float16."""
+    k, container = w.shape[1], spec.container
     q = QTensor(k=k, weight=codes, scale=scale, zero=zero, name=name)
     if mask is not None and bool(mask.any()):
         require_float16(w[mask], f"{name}: an outlier")

@@ -32,26 +32,37 @@ from torch import Tensor
 
 from ..checkpoint import write_file
 from ..qtensor import QTensor
+from . import rounding
 from .calibration import Batches, FloatModel
-from .common import Block, Spec, quantize_matrix, rounding_error
+from .common import Block, Spec, rounding_error
 from .outliers import Best, choose, mask_of
 
 GRADIENT_SCORES = ("abs_g", "sq_g", "abs_g_dw", "fisher_dw2")
+SAMPLES, SEQ_LEN = 16, 256
 HEAD_TOKENS = 256  # rows of logits held at once: 256 x 128k vocabulary x 4 B = 128 MiB
 
 
 def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults, and no samples where no text is needed.
 
-    16 x 256: on SmolLM2-135M the perplexity gap to float closed by 65.2 % with 16 x 512 tokens, 66.2 % with 16 x 256, 64.1 % with
-    16 x 128, so that more text buys nothing but time.
+    The gradients take 16 x 256: on SmolLM2-135M the perplexity gap to float closed by 65.2 % with 16 x 512 tokens, 66.2 % with
+    16 x 256, 64.1 % with 16 x 128, so that more text buys nothing but time.
     """
-    samples, seq_len, scope = spec.samples or 16, spec.seq_len or 256, spec.scope or "tensor"
+    scope = spec.scope or "tensor"
     score = spec.score or ("hdiag_dw2" if scope == "columns" else "fisher_dw2")
     if scope == "global" and score not in GRADIENT_SCORES:
         raise ValueError(f"score is {score!r}, which does not compare across matrices; scope 'global' takes {', '.join(GRADIENT_SCORES)}")
-    spec = replace(spec, score=score, scope=scope, samples=samples, seq_len=seq_len)
-    return replace(spec, samples=0, seq_len=0) if spec.score == "abs_w" else spec
+    spec = replace(spec, score=score, scope=scope)
+    return rounding.complete(spec) if score == "abs_w" else rounding.complete(spec, "rtn", SAMPLES, SEQ_LEN)
+
+
+def gradient_batches(batches: Batches, spec: Spec) -> Batches:
+    """The windows whose gradients are taken: all, but no more than they need of those that the rounding asked for."""
+    if spec.rounding == "rtn":
+        return batches
+    folder = batches.folder / "gradient"
+    folder.mkdir(exist_ok=True)
+    return replace(batches, ids=batches.ids[:SAMPLES, :SEQ_LEN], folder=folder)
 
 
 def prepare(model: FloatModel, batches: Batches, spec: Spec) -> dict:
@@ -62,6 +73,7 @@ def prepare(model: FloatModel, batches: Batches, spec: Spec) -> dict:
     if spec.score not in GRADIENT_SCORES:
         return {}
     folder, count = batches.folder, model.blocks
+    batches = gradient_batches(batches, spec)
     todo = next((i for i in range(count + 1) if _gradient_file(folder, i).exists()), None)
     if todo is None:
         for i in batches.progress(range(1, count + 1), "forward pass over the calibration windows"):
@@ -161,19 +173,15 @@ def sensitivity(w: Tensor, statistic: Tensor | None, spec: Spec) -> Tensor:
     return statistic * (error.abs() if spec.score == "abs_g_dw" else error.square())
 
 
-def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor]:
-    """The quantized linears of one block by name. `inputs()` are the block's float inputs f32[s, t, hidden], read for hdiag_dw2 only."""
+def quantize_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec) -> dict[str, QTensor]:
+    """The quantized linears of one block by name. `inputs()` are the block's float inputs f32[s, t, hidden]."""
     if spec.score in GRADIENT_SCORES:
         kept = {name: _load(_kept_file(block.folder, block.index, name)) for name in block.linears}
     else:
         statistics = input_squares(block, inputs()) if spec.score == "hdiag_dw2" else {}
         kept = choose({name: sensitivity(block.weights[f"{name}.weight"], statistics.get(name), spec) for name in block.linears}, block.sites, spec)
-    out = {}
-    for name in block.linears:
-        w = block.weights[f"{name}.weight"]
-        mask = mask_of(kept[name], w.shape, spec)
-        out[name] = quantize_matrix(w, spec, mask, block.weights.get(f"{name}.bias"), block.prefix + name)
-    return out
+    masks = {name: mask_of(kept[name], block.weights[f"{name}.weight"].shape, spec) for name in block.linears}
+    return rounding.round_block(block, inputs, spec, masks)
 
 
 def _kept_file(folder: Path, i: int, name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from . import rounding
 from .common import Spec
 from .gwq import prepare, quantize_block
 
@@ -14,4 +15,4 @@ def complete(spec: Spec) -> Spec:
     """`spec` with the paper's score and sample count; ValueError if another score is asked for."""
     if spec.score not in (None, "abs_g"):
         raise ValueError(f"score is {spec.score!r}, but gwq-paper ranks by abs_g; use method gwq for other scores")
-    return replace(spec, score="abs_g", scope=spec.scope or "tensor", samples=1, seq_len=spec.seq_len or 512)
+    return rounding.complete(replace(spec, score="abs_g", scope=spec.scope or "tensor", samples=1, seq_len=spec.seq_len or 512), "rtn", 1, 512)

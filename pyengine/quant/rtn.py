@@ -12,11 +12,18 @@ from .common import Block, Spec, quantize_matrix
 
 
 def complete(spec: Spec) -> Spec:
-    """`spec` as this method takes it."""
-    return replace(spec, outliers=0.0, score=None, scope=None, samples=0, seq_len=0)
+    """`spec` as this method takes it; ValueError if another rounding is asked for."""
+    if spec.rounding not in (None, "rtn"):
+        raise ValueError(f"rounding is {spec.rounding!r}, but rtn is a rounding itself; use method {spec.rounding}")
+    return replace(spec, outliers=0.0, score=None, scope=None, rounding="rtn", samples=0, seq_len=0)
 
 
-def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor]:
+def quantize_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec) -> dict[str, QTensor]:
     """The quantized linears of one block by name; `inputs` is not read."""
     w = block.weights
     return {n: quantize_matrix(w[f"{n}.weight"], spec, bias=w.get(f"{n}.bias"), name=block.prefix + n) for n in block.linears}
+
+
+def round_matrix(w: Tensor, spec: Spec, mask: Tensor | None, statistics: None, bias: Tensor | None, name: str) -> QTensor:
+    """`quantize_matrix`, for methods that choose masks."""
+    return quantize_matrix(w, spec, mask, bias, name)
