@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from pyengine import demo
-from pyengine.evaluate import perplexity, read_text
+from pyengine.evaluate import perplexity
+from pyengine.files import read_text
 from pyengine.formats import open_checkpoint
 from pyengine.inspect import describe
 from pyengine.loader import load

@@ -35,14 +35,20 @@ class KVCache:
         self.scale = memory.empty(*shape) if bits < 16 else None
         self.zero = memory.empty(*shape, dtype=torch.uint8) if bits == 4 else None
         parts = [p for p in (self.scale, self.zero) if p is not None]
+        self.tensors = (self.data, *parts)
         self._layers = [LayerCache(*self.data[i], tuple(t for p in parts for t in p[i]) or None) for i in range(layers)]
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
 
+    def copy(self, slot: int, to: slice, length: int) -> None:
+        """The first `length` tokens of a slot into others: sequences that begin alike need not each compute it."""
+        for t in self.tensors:
+            t[:, :, to, :, :length] = t[:, :, slot : slot + 1, :, :length]
+
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.zero) if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.tensors)
 
 
 @dataclass

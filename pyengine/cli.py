@@ -60,13 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _sampling(p)
     p = command("quantize", quantize, "Quantize a model into a new PyEngine checkpoint.", model="1")
     _quantization(p)
-    p = command("eval", evaluate, "Perplexity on a text, or accuracy on multiple-choice questions.")
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", metavar="FILE", help="UTF-8 text: perplexity over non-overlapping windows")
-    what.add_argument("--tasks", metavar="FILE", nargs="+", help="JSONL questions: context, choices, answer")
-    p.add_argument("--context", type=int, help="window in tokens (default: 2048, or what the model holds if that is less)")
-    p.add_argument("--limit-tokens", type=int, help="only the first tokens of the text")
-    p.add_argument("--limit", type=int, help="only the first questions of each file")
+    _evaluation(command("eval", evaluate, "Perplexity, distance from a reference model, accuracy on multiple-choice questions."))
     command("inspect", inspect, "What a checkpoint holds: architecture, format, bits per weight, outliers, size.")
     p = command("bench", bench, "Prefill and decode speed, bytes per second, memory.")
     for name, default in (("prompt", 512), ("decode", 128), ("batch", 1), ("runs", 5)):
@@ -108,10 +102,29 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
 
 
-def _load(args: argparse.Namespace):
+def _evaluation(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--text", metavar="FILE", help="UTF-8 text: perplexity over windows that do not overlap")
+    p.add_argument("--tasks", metavar="FILE", nargs="+", default=[], help="JSONL questions: context, choices, answer")
+    p.add_argument("--context", type=_integers, metavar="N[,N]", help="windows in tokens (default: 2048, or what the model holds if that is less)")
+    p.add_argument("--limit-tokens", type=int, help="only the first tokens of the text")
+    p.add_argument("--limit", type=int, help="only the first questions of each file")
+    p.add_argument("--reference", metavar="MODEL", help="what the model was made from: KL divergence, agreement and paired differences on --text")
+    p.add_argument("--prompts", metavar="FILE", help="with --reference: a prompt a line, for how long greedy continuations stay the same")
+    p.add_argument("-n", "--max-new-tokens", type=int, default=64, help="most tokens of a continuation (default 64)")
+    p.add_argument("--compare", metavar="MODEL", nargs="+", help="measure several models and print one table")
+    p.add_argument("--plot", metavar="FILE", help="with --compare and --text: bits per weight against perplexity, as png, svg or pdf")
+    p.set_defaults(usage=p.error)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _load(args: argparse.Namespace, *model: str | None):
+    """The model of the command line, or another under the same options."""
     from .loader import load
 
-    return load(args.model, args.device, threads=args.threads, kv_bits=args.kv_bits, progress=sys.stderr.isatty())
+    return load(*(model or (args.model,)), args.device, threads=args.threads, kv_bits=args.kv_bits, progress=sys.stderr.isatty())
 
 
 def _sampling_of(args: argparse.Namespace) -> dict:
@@ -210,26 +223,39 @@ def quantize(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from .evaluate import multiple_choice, perplexity, read_task, read_text
+    if not (args.text or args.tasks):
+        args.usage("give --text FILE, --tasks FILE or both")
+    if args.prompts and not args.reference or args.plot and not (args.compare and args.text):
+        args.usage("--prompts needs --reference, and --plot needs --compare and --text")
+    if args.reference and not (args.text or args.prompts):
+        args.usage("--reference needs --text or --prompts: tasks are not compared with it")
+    from . import comparison, plot
+    from .files import read_text
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"limit is {args.limit}, expected at least 1")
-    show = not args.json or sys.stderr.isatty()
-    if args.text:
-        text = read_text(args.text)
-        engine = _load(args)
-        context = min(2048, engine.context) if args.context is None else args.context
-        result = perplexity(engine, text, context, args.limit_tokens, progress=show)
-        losses = result.pop("losses").double()
-        error = losses.std(correction=0).item() / losses.numel() ** 0.5
-        _print(args, result | {"nll_standard_error": error}, lambda r: [
-            f"perplexity {r['perplexity']:.4f} over {r['tokens']} tokens (nll {r['nll']:.5f} ± {r['nll_standard_error']:.5f}), {r['tokens_per_s']:.0f} tokens/s"
-        ])  # fmt: skip
+    if args.plot:
+        plot.require(args.plot)
+    measure = comparison.Measure(
+        text=read_text(args.text) if args.text else None,
+        contexts=args.context,
+        limit_tokens=args.limit_tokens,
+        questions=comparison.read_tasks(args.tasks, args.limit),
+        prompts=comparison.read_prompts(args.prompts) if args.prompts else (),
+        max_new_tokens=args.max_new_tokens,
+        progress=not args.json or sys.stderr.isatty(),
+    )
+    if args.compare:
+        models = [args.model, *args.compare] if args.model else args.compare
+        result = comparison.compare(models, lambda model: _load(args, model), measure, args.reference)
+        _print(args, result, lambda r: comparison.table(r, list(measure.questions)))
+        if args.plot:
+            points, base = comparison.points(result)
+            plot.pareto(points, args.plot, f"{os.path.basename(args.text)}, {args.limit_tokens or 'all'} tokens", base)
         return 0
-    tasks = {file: read_task(file)[: args.limit] for file in args.tasks}
     engine = _load(args)
-    result = {file.rsplit("/", 1)[-1].removesuffix(".jsonl"): multiple_choice(engine, items, show) for file, items in tasks.items()}
-    _print(args, result, lambda r: [f"{name}: acc {v['acc']:.3f}, acc_norm {v['acc_norm']:.3f}, {v['n']} questions" for name, v in r.items()])
+    result = measure(engine, _load(args, args.reference) if args.reference else None)
+    _print(args, result, comparison.lines)
     return 0
 
 

@@ -109,15 +109,15 @@ class Engine:
     def logit_chunks(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """The same in pieces f32[≤ CHUNK, vocab], for sequences whose logits together would not fit the memory."""
         self._check([list(ids)], 0)
-        self._claim()
-        yield from self._prefill(list(ids), 0, self._cache_for(1, len(ids)))
+        self.claim()
+        yield from self._prefill(list(ids), 0, self.cache_for(1, len(ids)))
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if prompt == "":
             raise ValueError("the prompt is empty: there is nothing to complete")
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _claim(self) -> int:
+    def claim(self) -> int:
         """The number of a new use of the KV cache; whoever held it before must not go on."""
         self._use += 1
         return self._use
@@ -136,7 +136,8 @@ class Engine:
             if len(ids) + (max_new_tokens > 0) > self.context:
                 raise ValueError(f"prompt {i + 1} of {len(prompts)} has {len(ids)} tokens, the model's context holds {self.context}")
 
-    def _cache_for(self, slots: int, length: int) -> KVCache:
+    def cache_for(self, slots: int, length: int) -> KVCache:
+        """The engine's KV cache, made anew where it is too small. `claim` it first."""
         old = self._cache
         if old is None or old.slots < slots or old.length < length:
             self._cache = None  # free it before its successor is allocated
@@ -156,9 +157,9 @@ class Engine:
     def _run(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, done: list[Completion]) -> Iterator[tuple[int, str]]:
         """Decode all prompts together; yields (prompt index, new text) and fills in `done` but for its texts."""
         self._check(prompts, max_new_tokens)
-        use = self._claim()
+        use = self.claim()
         room = [min(max_new_tokens, self.context - len(ids)) for ids in prompts]
-        cache = self._cache_for(len(prompts), max(len(ids) + r for ids, r in zip(prompts, room)))
+        cache = self.cache_for(len(prompts), max(len(ids) + r for ids, r in zip(prompts, room)))
         samplers = [Sampler(sampling, ids, i) for i, ids in enumerate(prompts)]
         texts = [_Text(self.tokenizer.stream(), sampling.stop) for _ in prompts]
         self.timing = timing = Timing(prompt_tokens=sum(map(len, prompts)))

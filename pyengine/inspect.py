@@ -11,10 +11,11 @@ from .loader import quantization
 
 
 def describe(checkpoint: Checkpoint) -> dict:
-    """bits_per_weight and outlier_share count the blocks' linears, with scales, zeros and indices, from the bytes in the file."""
+    """bits_per_weight counts what the blocks hold but for their norms, with scales, zeros, outliers, indices and transforms, and outlier_share
+    the outliers among the linears' weights, both from the bytes in the file."""
     arch = models.find(checkpoint.config)
     c = arch.Config.from_dict(checkpoint.config)
-    linears = tuple(f"model.layers.{i}.{name}." for i in range(c.num_hidden_layers) for name in arch.LINEARS)
+    norms = tuple(f".{name}.weight" for name in arch.NORMS)
     weights = c.num_hidden_layers * sum(n * k for n, k in map(c.linear_shape, arch.LINEARS))
     linear_bytes = outliers = 0
     for name in checkpoint.names():
@@ -22,7 +23,7 @@ def describe(checkpoint: Checkpoint) -> dict:
         if t.is_floating_point() and not torch.isfinite(t).all():
             checkpoint.float(name, tuple(t.shape))  # raises, with the count
         size = t.numel() * t.element_size()
-        if name.startswith(linears):
+        if name.startswith("model.layers.") and not name.endswith(norms):
             linear_bytes += size
             outliers += t.numel() if name.endswith((".outlier_value", ".column_value")) else 0
     on_disk = sum(f.stat().st_size for f in checkpoint.files)

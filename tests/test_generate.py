@@ -7,7 +7,8 @@ import torch
 
 import pyengine
 from pyengine.engine import _Text
-from pyengine.evaluate import multiple_choice, perplexity, read_task, read_text
+from pyengine.evaluate import perplexity
+from pyengine.files import read_text
 from pyengine.formats import open_checkpoint
 from pyengine.loader import build, load
 from pyengine.qtensor import QTensor
@@ -242,20 +243,6 @@ def test_float_perplexity_of_the_real_model(demo_gguf, data):
     result = perplexity(load(demo_gguf), read_text(data / "wikitext2_test.txt")[:12000], limit_tokens=2048)
     assert result["tokens"] == 2047
     assert abs(result["nll"] - 2.5965) <= 0.005
-
-
-def test_multiple_choice(tiny, data, tmp_path):
-    items = read_task(data / "tasks" / "arc_easy.jsonl")[:12]
-    result = multiple_choice(tiny, items)
-    assert result["n"] == 12 and 0 <= result["acc"] <= 1
-    sure = [{"context": "Once upon a", "choices": [" time", " zebra xylophone"], "answer": 0}] * 3
-    assert multiple_choice(tiny, sure) == {"acc": 1.0, "acc_norm": 1.0, "n": 3}
-    assert multiple_choice(tiny, [s | {"answer": 1} for s in sure])["acc"] == 0
-    bad = tmp_path / "bad.jsonl"
-    for line, message in (("{", "line 1"), ('{"context": "a", "choices": ["b"], "answer": 0}', "at least two"), ("", "has no questions")):
-        bad.write_text(line)
-        with pytest.raises(ValueError, match=message):
-            read_task(bad)
 
 
 @pytest.mark.parametrize("method", ("rtn", "gwq"))

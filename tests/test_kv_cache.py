@@ -8,7 +8,8 @@ from test_kernels import error, kv, rows
 
 from pyengine import ops
 from pyengine.cache import KVCache
-from pyengine.evaluate import perplexity, read_text
+from pyengine.evaluate import perplexity
+from pyengine.files import read_text
 from pyengine.loader import load
 
 HEADS, KV_HEADS, LENGTH = 6, 2, 40

@@ -140,6 +140,7 @@ def test_the_real_model_equals_transformers(qwen2_gguf):
 def test_the_real_vocabulary_equals_transformers(qwen2_gguf):
     ours = load_tokenizer(open_checkpoint(qwen2_gguf))
     theirs = transformers.AutoTokenizer.from_pretrained(qwen2_gguf.parent, gguf_file=qwen2_gguf.name)
-    for text in ("def f(x):\n    return x ** 2  # naïve 😀", "It's 12345,67 — 東京 <|im_end|>", "a  b\t\tc\r\n\r\n  d"):  # all NFC: their reader of GGUF loses that step
+    # All of it NFC: their reader of GGUF loses that step.
+    for text in ("def f(x):\n    return x ** 2  # naïve 😀", "It's 12345,67 — 東京 <|im_end|>", "a  b\t\tc\r\n\r\n  d"):
         assert ours.encode(text) == theirs(text).input_ids, text
     assert ours.eos_ids >= {151645} and not ours.add_bos and np.array(ours.encode("x")).max() < 151936
