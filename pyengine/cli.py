@@ -83,7 +83,7 @@ def _sampling(p: argparse.ArgumentParser) -> None:
 
 def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("out", metavar="OUT", help="directory to make")
-    p.add_argument("--method", default="gwq", help="a file of pyengine/quant: rtn, gwq, gwq-paper (default gwq)")
+    p.add_argument("--method", default="gwq", help="a file of pyengine/quant: rtn, gwq, gwq-paper, flatquant (default gwq)")
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--group-size", type=int, help="inputs that share a scale; 0 is a whole row (default: the method's own, mostly 128)")
     p.add_argument("--asymmetric", action="store_true", help="a zero code for each group")

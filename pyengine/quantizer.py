@@ -33,7 +33,8 @@ from .quant.calibration import Batches, FloatModel, Progress, self_written, show
 from .quant.common import FLOAT16_MAX, Block, Spec, quantize_matrix
 from .tokenizer import Tokenizer, load_tokenizer
 
-HELPERS = ("__init__", "common", "calibration", "outliers", "rounding")  # files in quant/ that are not methods
+# Files in quant/ that are not methods.
+HELPERS = ("__init__", "calibration", "common", "fakequant", "outliers", "rounding", "simulate", "training", "transforms")
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
 VERSION = 1  # of what is written: one more when the same options give other bytes
 

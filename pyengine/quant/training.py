@@ -1,0 +1,67 @@
+"""Training the parameters of one block so that its quantized output meets the float one: the loop that the learned methods share.
+
+AdamW without weight decay, a cosine from each group's rate down to a thousandth of the first group's. The loss is divided by its own
+value, so that the gradient is that of its logarithm and one rate fits every depth: errors grow with the stream through the blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+FLOOR = 1e-3  # of the first group's rate
+Forward = Callable[[Tensor], Tensor]
+
+
+def train(
+    groups: list[tuple[Iterable[nn.Parameter], float]],
+    forward: Forward,
+    inputs: Tensor,
+    targets: Tensor,
+    steps: int,
+    batch: int,
+    random: torch.Generator,
+) -> list[float]:
+    """Minimise `error(forward(x), target)` over the (parameters, rate) groups; returns the error of every step.
+
+    inputs and targets are f32[samples, t, hidden]; each step takes `batch` samples, all samples before any comes again.
+    """
+    rates = [rate for _, rate in groups]
+    optimizer = torch.optim.AdamW([{"params": list(p), "lr": rate} for p, rate in groups], weight_decay=0.0)
+    floor, errors, order = rates[0] * FLOOR, [], torch.empty(0, dtype=torch.int64)
+    for step in range(steps):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = floor + (rate - floor) * (1 + math.cos(math.pi * step / steps)) / 2
+        while len(order) < batch:
+            order = torch.cat((order, torch.randperm(len(inputs), generator=random)))
+        chosen, order = order[:batch], order[batch:]
+        with fast_matmul():
+            loss = error(forward(inputs[chosen]), targets[chosen])
+        optimizer.zero_grad()
+        (loss / loss.detach()).backward()
+        optimizer.step()
+        errors.append(float(loss.detach()))
+    return errors
+
+
+def error(y: Tensor, target: Tensor) -> Tensor:
+    """Mean square difference, f32."""
+    return (y.float() - target).square().mean()
+
+
+def relative_error(forward: Forward, inputs: Tensor, targets: Tensor) -> float:
+    """Root of the mean over tokens of ‖y − target‖² / ‖target‖²."""
+    with torch.no_grad(), fast_matmul():
+        y = forward(inputs).float()
+        return float(((y - targets).square().sum(-1) / targets.square().sum(-1).clamp(min=1e-30)).mean().sqrt())
+
+
+def fast_matmul():
+    """bfloat16 matrix products where the CPU has tiles for them: three to seven times as fast as float32, and far finer than what is being
+    rounded to 4 bits."""
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # newer than the oldest torch we take
+    return torch.autocast("cpu", torch.bfloat16) if has_tiles() else nullcontext()
