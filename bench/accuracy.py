@@ -1,84 +1,244 @@
-"""Perplexity of quantized forms of one model, made and measured from scratch: `python bench/accuracy.py --text FILE --calib FILE`.
+"""Every method on one model, made and measured from scratch: `python bench/accuracy.py --text FILE --calib FILE`.
 
-Prints a table and writes the numbers, with machine and commit, to bench/results/. `closed` is the share of the perplexity that
-rounding to nearest loses (groups of 64) and that a method wins back.
+Each row of ROWS becomes a checkpoint, made by a process of its own, and is measured against the float model: perplexity, with the paired
+difference and its standard error, KL divergence and equal likeliest tokens, bits per weight of the file, time and memory to make it. After
+every row the numbers are written to bench/results/accuracy-<model>-<date>.json, and `--resume` goes on with the newest of these: rows that are
+there are kept, one that was cut short goes on where it was. Rows that this build cannot make are skipped, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
-import platform
+import os
+import shutil
 import subprocess
-import tempfile
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from pyengine import demo
-from pyengine.evaluate import perplexity
-from pyengine.files import read_text
-from pyengine.formats import open_checkpoint
-from pyengine.inspect import describe
-from pyengine.loader import load
-from pyengine.quantizer import quantize
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import commit, machine  # noqa: E402
+
+from pyengine import demo, plot  # noqa: E402
+from pyengine.engine import Engine  # noqa: E402
+from pyengine.evaluate import Scores, score, summary, text_windows  # noqa: E402
+from pyengine.files import cache_folder, read_text  # noqa: E402
+from pyengine.formats import open_checkpoint  # noqa: E402
+from pyengine.inspect import describe  # noqa: E402
+from pyengine.loader import load  # noqa: E402
+from pyengine.quantizer import methods  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-# Name → options of `quantize`; groups of 64, because the demo model's 576 inputs are 9 · 64.
-FORMS = {
-    "RTN g64": {"method": "rtn"},
-    "RTN g32": {"method": "rtn", "group_size": 32},
-    "GWQ, paper's score, 1 %": {"method": "gwq-paper"},
+SETTINGS = ("model", "text", "calib", "windows", "context", "kl_windows", "group_size")  # what makes rows comparable
+# Name → options of `quantize`; group_size and calib are those of the command line where they are not given here.
+ROWS = {
+    "RTN": {"method": "rtn"},
+    "RTN, asymmetric": {"method": "rtn", "symmetric": False},
+    "RTN, groups of 32": {"method": "rtn", "group_size": 32},
+    "GPTQ": {"method": "gptq"},
+    "GPTQ, asymmetric": {"method": "gptq", "symmetric": False},
+    "RSQ": {"method": "rsq"},
+    "BoA": {"method": "boa"},
+    "GPFQ": {"method": "gpfq"},
+    "AWQ": {"method": "awq"},
+    "FlexRound": {"method": "flexround"},
+    "REx": {"method": "rex"},
+    "GWQ, paper's score": {"method": "gwq-paper"},
+    "GWQ": {"method": "gwq"},
     "GWQ, 0.63 %": {"method": "gwq", "outliers": 0.0063},
-    "GWQ, 1 %": {"method": "gwq"},
-    "GWQ, 1 %, text of its own": {"method": "gwq", "calib": None},
+    "GWQ, text of its own": {"method": "gwq", "calib": None},
+    "GWQ, global": {"method": "gwq", "scope": "global"},
+    "GWQ, by row": {"method": "gwq", "scope": "row"},
+    "GWQ, structured": {"method": "gwq", "scope": "structured"},
+    "GWQ, columns": {"method": "gwq", "scope": "columns"},
+    "GWQ + GPTQ": {"method": "gwq", "rounding": "gptq"},
+    "GWQ + GPTQ, asymmetric": {"method": "gwq", "rounding": "gptq", "symmetric": False},
+    "GWQ + RSQ": {"method": "gwq", "rounding": "rsq"},
+    "GWQ + BoA": {"method": "gwq", "rounding": "boa"},
+    "RTN, 3 bits": {"method": "rtn", "bits": 3},
+    "GPTQ, 3 bits": {"method": "gptq", "bits": 3},
+    "GWQ, 3 bits": {"method": "gwq", "bits": 3},
+    "GWQ + GPTQ, 3 bits": {"method": "gwq", "bits": 3, "rounding": "gptq"},
+    "RTN W8A8": {"method": "rtn", "bits": 8, "group_size": 0, "act_bits": 8},
+    "SmoothQuant W8A8": {"method": "smoothquant", "bits": 8, "group_size": 0, "act_bits": 8},
+    "RTN W4A8": {"method": "rtn", "act_bits": 8},
+    "GWQ + GPTQ W4A8": {"method": "gwq", "rounding": "gptq", "act_bits": 8},
+    "RTN W4A4": {"method": "rtn", "act_bits": 4},
+    "QuaRot W4A4": {"method": "quarot", "act_bits": 4},
+    "QuaRot W4A4, KV 4 bits": {"method": "quarot", "act_bits": 4, "kv_bits": 4},
+    "FlatQuant": {"method": "flatquant", "act_bits": 16},
+    "FlatQuant W4A8": {"method": "flatquant", "act_bits": 8},
+    "FlatQuant W4A4": {"method": "flatquant", "act_bits": 4},
+    "FlatQuant W4A4, KV 4 bits": {"method": "flatquant", "act_bits": 4, "kv_bits": 4},
+    "AffineQuant": {"method": "affinequant"},
 }
+MAKE = "import json, sys; from pyengine.quantizer import quantize; print(json.dumps(quantize(**json.loads(sys.argv[1]))))"
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+class RowError(Exception):
+    """Why a row has no numbers, in one line."""
 
 
-def main() -> None:
+@dataclass
+class Float:
+    """The model that all rows are made from: what it scores, and itself for the windows where probabilities are compared."""
+
+    engine: Engine
+    windows: list[list[int]]
+    scores: Scores
+    kl_windows: int
+
+    @classmethod
+    def of(cls, source: Path, text: str, windows: int, context: int, kl_windows: int) -> Float:
+        engine = load(source)
+        parts = text_windows(engine, text, context, limit_tokens=context * windows)
+        return cls(engine, parts, score(engine, parts, progress=True), min(kl_windows, len(parts)))
+
+    def against(self, engine: Engine) -> dict:
+        """`evaluate.summary` of a model; the float model runs beside it on the first windows only, because it is slow."""
+        near = score(engine, self.windows[: self.kl_windows], self.engine, progress=True)
+        rest = self.windows[self.kl_windows :]
+        far = score(engine, rest, progress=True) if rest else Scores(torch.empty(0), 0.0)
+        found = Scores(torch.cat([near.loss, far.loss]), near.seconds + far.seconds)
+        kept = ("kl", "kl_standard_error", "top1")
+        return summary(found, self.scores.loss) | {key: value for key, value in summary(near).items() if key in kept}
+
+
+def make(options: dict) -> dict:
+    """Run `quantize(**options)` in a process of its own: {"seconds", "cpu_seconds", "peak_mib"}, of that process. RowError if it fails."""
+    start = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-c", MAKE, json.dumps(options)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        errors = child.stderr.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        last = errors.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+        raise RowError(last[0].split("Error: ", 1)[-1])
+    seconds = time.perf_counter() - start
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
+
+
+def measure(reference: Float, source: Path, out: Path, options: dict) -> dict:
+    """The numbers of one row; its checkpoint is removed afterwards. RowError if it cannot be made or run."""
+    if options["method"] not in methods():
+        raise RowError(f"this build has no method {options['method']}")
+    made = make({"model": str(source), "out": str(out), "resume": True, **options}) if not out.exists() else {}
+    try:
+        engine = load(out)
+        numbers = reference.against(engine)
+    except (ValueError, RuntimeError) as e:
+        raise RowError(" ".join(str(e).split())) from e
+    checkpoint = open_checkpoint(out)
+    found = describe(checkpoint)
+    checkpoint.release()
+    shutil.rmtree(out)
+    return numbers | {key: found[key] for key in ("bits_per_weight", "outlier_share", "size_bytes")} | made
+
+
+def open_results(settings: dict, resume: bool) -> tuple[Path, dict]:
+    """The results file to write and what it holds: today's, begun anew, or the newest of this model. ValueError if that has other settings."""
+    found = sorted(RESULTS.glob(f"accuracy-{settings['model']}-*.json")) if resume else []
+    if not found:
+        return RESULTS / f"accuracy-{settings['model']}-{time.strftime('%Y-%m-%d')}.json", settings | {"machine": machine(), "rows": {}}
+    stored = json.loads(found[-1].read_text())
+    different = [f"{key} was {stored.get(key)}, is {settings[key]}" for key in SETTINGS if stored.get(key) != settings[key]]
+    if different:
+        raise ValueError(f"{found[-1]}: cannot resume, this is another run: {'; '.join(different)}")
+    return found[-1], stored
+
+
+def write(file: Path, results: dict) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(file)
+
+
+def table(rows: dict[str, dict]) -> list[str]:
+    """The rows that have numbers, as a table for the README."""
+    lines = ["| form | bits per weight | perplexity | Δ nll ± SE | KL | same top-1 | CPU s | peak MiB |", "|---|---|---|---|---|---|---|---|"]
+    for name, r in rows.items():
+        if "perplexity" not in r:
+            continue
+        cells = [name, _cell(r, "bits_per_weight", ".3f"), f"{r['perplexity']:.3f}"]
+        cells += [f"{r['nll_difference']:+.4f} ± {_cell(r, 'nll_difference_standard_error', '.4f')}" if "nll_difference" in r else "–"]
+        cells += [_cell(r, "kl", ".4f"), _cell(r, "top1", ".1%"), _cell(r, "cpu_seconds", ".0f"), _cell(r, "peak_mib", ".0f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(row: dict, key: str, form: str) -> str:
+    return "–" if row.get(key) is None else format(row[key], form)
+
+
+def draw(results: dict, file: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+        return
+    rows = {name: r for name, r in results["rows"].items() if "perplexity" in r}
+    title = f"{results['model']}, {results['windows']} windows of {results['context']} tokens, groups of {results['group_size']}"
+    points = [(name, r["bits_per_weight"], r["perplexity"]) for name, r in rows.items() if "bits_per_weight" in r]
+    # What is useless anyway would press everything else together.
+    base = rows["float"]["perplexity"]
+    plot.pareto([p for p in points if p[2] < 3 * base], file, title, base)
+
+
+def run(args: argparse.Namespace) -> None:
+    source = Path(args.model) if args.model else demo.source()
+    text = read_text(args.text)
+    digest = {key: hashlib.sha256(read_text(getattr(args, key)).encode()).hexdigest()[:16] for key in ("text", "calib")}
+    numbers = {key: getattr(args, key) for key in ("windows", "context", "kl_windows", "group_size")}
+    file, results = open_results({"model": source.stem, **digest, **numbers}, args.resume)
+    chosen = {name: options for name, options in ROWS.items() if not args.only or any(part in name for part in args.only)}
+    work = cache_folder() / "accuracy" / source.stem
+    work.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
+    reference = Float.of(source, text, args.windows, args.context, args.kl_windows)
+    rows = results["rows"]
+    rows["float"] = {"commit": commit(), **summary(reference.scores)}
+    for number, (name, options) in enumerate(chosen.items(), 1):
+        options = {"group_size": args.group_size, "calib": args.calib} | options
+        recorded = {key: value for key, value in options.items() if key != "calib"} | ({"calib": None} if options["calib"] is None else {})
+        if "perplexity" in rows.get(name, {}) and rows[name]["options"] == recorded:
+            continue
+        print(f"{number} of {len(chosen)}: {name}", file=sys.stderr, flush=True)
+        try:
+            row = measure(reference, source, work / hashlib.sha256(json.dumps(recorded).encode()).hexdigest()[:16], options)
+            print(f"  perplexity {row['perplexity']:.3f}", file=sys.stderr, flush=True)
+        except RowError as e:
+            row = {"skipped": str(e)}
+            print(f"  skipped: {e}", file=sys.stderr, flush=True)
+        rows[name] = {"options": recorded, "commit": commit(), **row}
+        write(file, results)
+    write(file, results)
+    print("\n".join(table({name: rows[name] for name in ("float", *ROWS) if name in rows})))
+    draw(results, RESULTS / f"accuracy-{source.stem}.png")
+    print(file, file=sys.stderr)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="float model (default: the demo model)")
     parser.add_argument("--text", required=True, help="UTF-8 text to measure on")
     parser.add_argument("--calib", required=True, help="UTF-8 text to calibrate on, another one than --text")
-    parser.add_argument("--windows", type=int, default=4, help="windows of 2048 tokens (default 4)")
-    args = parser.parse_args()
-    source, text = Path(args.model) if args.model else demo.source(), read_text(args.text)
-
-    def measure(path: Path) -> float:
-        return perplexity(load(path), text, limit_tokens=2048 * args.windows, progress=True)["perplexity"]
-
-    rows = {"float": {"perplexity": measure(source)}}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, options in FORMS.items():
-            out, start = Path(folder) / "model", time.perf_counter()
-            quantize(source, out, **({"group_size": 64, "calib": None if options["method"] == "rtn" else args.calib} | options))
-            seconds = time.perf_counter() - start
-            rows[name] = {"perplexity": measure(out), "seconds": round(seconds, 1)}
-            found = describe(open_checkpoint(out))
-            rows[name] |= {key: found[key] for key in ("bits_per_weight", "outlier_share", "size_bytes")}
-            for file in sorted(out.rglob("*"), reverse=True):
-                file.unlink() if file.is_file() else file.rmdir()
-            out.rmdir()
-    base, rounded = rows["float"]["perplexity"], rows["RTN g64"]["perplexity"]
-    print("\n| form | bits per weight | perplexity | closed | seconds |\n|---|---|---|---|---|")
-    for name, row in rows.items():
-        row["closed"] = (rounded - row["perplexity"]) / (rounded - base)
-        bits, seconds = (f"{row[key]:.{digits}f}" if key in row else "–" for key, digits in (("bits_per_weight", 3), ("seconds", 0)))
-        closed = "" if name in ("float", "RTN g64") else f"{100 * row['closed']:.0f} %"
-        print(f"| {name} | {bits} | {row['perplexity']:.3f} | {closed} | {seconds} |")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {"model": source.name, "windows": args.windows, "cpu": cpu_name(), "commit": commit, "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"accuracy-{time.strftime('%Y-%m-%d')}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{file}")
+    parser.add_argument("--only", action="append", help="only the rows whose name contains this; may be given several times")
+    parser.add_argument("--resume", action="store_true", help="go on with the newest results of this model")
+    # 64, because the demo model's 576 inputs are 9 · 64
+    for name, default in (("windows", 4), ("context", 2048), ("kl-windows", 1), ("group-size", 64)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    try:
+        run(parser.parse_args())
+    except (ValueError, OSError) as e:
+        print(f"accuracy.py: {e}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "peers"))
+sys.path[:0] = [str(HERE), str(HERE / "peers")]
 import environments  # noqa: E402
+from machine import commit, machine  # noqa: E402
 
 from pyengine import demo  # noqa: E402
 from pyengine.files import cache_folder  # noqa: E402
@@ -147,13 +148,6 @@ def play(ours: Contestant, running: list[Contestant], rounds: int) -> None:
     print(file=sys.stderr)
 
 
-def machine() -> dict:
-    info = Path("/proc/cpuinfo").read_text()
-    found = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in info.splitlines() if ":" in line}
-    notable = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-    return {"cpu": found.get("model name", ""), "cores": os.cpu_count(), "features": [f for f in notable if f in found.get("flags", "").split()]}
-
-
 def roofline(threads: int) -> dict:
     """What qbench measures of this machine, {} where it is not built."""
     for binary in sorted(HERE.parent.glob("build/*/qbench")):
@@ -163,14 +157,8 @@ def roofline(threads: int) -> dict:
     return {}
 
 
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=HERE).stdout.strip()
-
-
 def save(size: str, ours: Contestant, peers: list[Contestant], args: argparse.Namespace) -> dict:
     """Add the rows, each with our commit, to the file of this day, and return its contents."""
-    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
-    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     file = RESULTS / f"cpu-{time.strftime('%Y-%m-%d')}.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
     if not stored:
@@ -178,7 +166,7 @@ def save(size: str, ours: Contestant, peers: list[Contestant], args: argparse.Na
     model = stored["models"].setdefault(MODELS[size][0], {"rows": {}})
     model |= {key: getattr(args, key) for key in ("threads", "prompt", "decode", "rounds")}
     for one in (ours, *peers):
-        model["rows"][one.name] = {"commit": commit} | one.row()
+        model["rows"][one.name] = {"commit": commit()} | one.row()
     file.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"\n{file}", file=sys.stderr)
     return stored
