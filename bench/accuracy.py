@@ -37,7 +37,7 @@ from pyengine.quantizer import methods  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = ("model", "text", "calib", "windows", "context", "kl_windows", "group_size")  # what makes rows comparable
-# Name → options of `quantize`; group_size and calib are those of the command line where they are not given here.
+# Name → options of `quantize`; group_size and calib are those of the command line where they are not given here. None is the method's own.
 ROWS = {
     "RTN": {"method": "rtn"},
     "RTN, asymmetric": {"method": "rtn", "symmetric": False},
@@ -70,13 +70,13 @@ ROWS = {
     "SmoothQuant W8A8": {"method": "smoothquant", "bits": 8, "group_size": 0, "act_bits": 8},
     "RTN W4A8": {"method": "rtn", "act_bits": 8},
     "GWQ + GPTQ W4A8": {"method": "gwq", "rounding": "gptq", "act_bits": 8},
-    "RTN W4A4": {"method": "rtn", "act_bits": 4},
-    "QuaRot W4A4": {"method": "quarot", "act_bits": 4},
-    "QuaRot W4A4, KV 4 bits": {"method": "quarot", "act_bits": 4, "kv_bits": 4},
-    "FlatQuant": {"method": "flatquant", "act_bits": 16},
-    "FlatQuant W4A8": {"method": "flatquant", "act_bits": 8},
-    "FlatQuant W4A4": {"method": "flatquant", "act_bits": 4},
-    "FlatQuant W4A4, KV 4 bits": {"method": "flatquant", "act_bits": 4, "kv_bits": 4},
+    "RTN W4A4": {"method": "rtn", "group_size": 0, "act_bits": 4},
+    "QuaRot W4A4": {"method": "quarot", "group_size": None, "act_bits": 4},
+    "QuaRot W4A4, KV 4 bits": {"method": "quarot", "group_size": None, "act_bits": 4, "kv_bits": 4},
+    "FlatQuant": {"method": "flatquant"},
+    "FlatQuant W4A8": {"method": "flatquant", "group_size": None, "act_bits": 8},
+    "FlatQuant W4A4": {"method": "flatquant", "group_size": None, "act_bits": 4},
+    "FlatQuant W4A4, KV 4 bits": {"method": "flatquant", "group_size": None, "act_bits": 4, "kv_bits": 4},
     "AffineQuant": {"method": "affinequant"},
 }
 MAKE = "import json, sys; from pyengine.quantizer import quantize; print(json.dumps(quantize(**json.loads(sys.argv[1]))))"
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
     digest = {key: hashlib.sha256(read_text(getattr(args, key)).encode()).hexdigest()[:16] for key in ("text", "calib")}
     numbers = {key: getattr(args, key) for key in ("windows", "context", "kl_windows", "group_size")}
     file, results = open_results({"model": source.stem, **digest, **numbers}, args.resume)
-    chosen = {name: options for name, options in ROWS.items() if not args.only or any(part in name for part in args.only)}
+    chosen = {name: ROWS[name] for name in args.only or ROWS}
     work = cache_folder() / "accuracy" / source.stem
     work.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(exist_ok=True)
@@ -227,7 +227,7 @@ def main() -> int:
     parser.add_argument("--model", help="float model (default: the demo model)")
     parser.add_argument("--text", required=True, help="UTF-8 text to measure on")
     parser.add_argument("--calib", required=True, help="UTF-8 text to calibrate on, another one than --text")
-    parser.add_argument("--only", action="append", help="only the rows whose name contains this; may be given several times")
+    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help="only the row of this name; may be given several times")
     parser.add_argument("--resume", action="store_true", help="go on with the newest results of this model")
     # 64, because the demo model's 576 inputs are 9 · 64
     for name, default in (("windows", 4), ("context", 2048), ("kl-windows", 1), ("group-size", 64)):

@@ -40,7 +40,7 @@ def test_rows_are_measured_skipped_and_kept(bench, stories, data, tmp_path, monk
         monkeypatch.setattr(sys, "argv", ["accuracy.py", *map(str, options + arguments)])
         return bench.main()
 
-    assert run("--only", "RTN", "--only", "m") == 0
+    assert run("--only", "RTN", "--only", "magic", "--only", "RTN W8") == 0
     file = next((tmp_path / "results").glob("accuracy-stories260k-*.json"))
     rows = json.loads(file.read_text())["rows"]
     assert rows["magic"]["skipped"] == "this build has no method magic" and set(rows) == {"float", "RTN", "RTN W8", "magic"}
