@@ -199,18 +199,16 @@ def output_config(source: dict, spec: Spec, calibration: str | None) -> dict:
 
 
 def report(model: FloatModel, spec: Spec, sizes: dict[str, int], groups: dict[int, int], statistics: dict, seconds: dict) -> dict:
-    """What was made, from the bytes that lie on the disk. `bits_per_weight` counts the block linears with scales and indices."""
+    """What was made, from the bytes that lie on the disk. `bits_per_weight` counts what the blocks hold but for their norms."""
     c = model.config
     weights = model.blocks * sum(n * k for n, k in (c.linear_shape(name) for name in model.arch.LINEARS))
 
-    def total(*endings: str) -> int:
-        return sum(b for name, b in sizes.items() if name.startswith(linears) and name.endswith(endings))
-
-    linears = tuple(f"model.layers.{i}.{name}." for i in range(model.blocks) for name in model.arch.LINEARS)
+    norms = tuple(f".{name}.weight" for name in model.arch.NORMS)
+    held = {name: b for name, b in sizes.items() if name.startswith("model.layers.") and not name.endswith(norms)}
     return {
         "method": spec.method,
-        "bits_per_weight": 8 * total("") / weights,
-        "outlier_share": total(".outlier_value", ".column_value") / 2 / weights,
+        "bits_per_weight": 8 * sum(held.values()) / weights,
+        "outlier_share": sum(b for name, b in held.items() if name.endswith((".outlier_value", ".column_value"))) / 2 / weights,
         "size_bytes": sum(sizes.values()),
         "group_sizes": {str(k): group for k, group in groups.items()},
         "seconds": seconds,

@@ -221,6 +221,10 @@ def test_tensors_that_a_method_returns_beside_its_linears(tmp_path, monkeypatch)
     assert bool((stored["model.layers.4.input_layernorm.weight"] == 3).all())
     assert not bool((stored["model.layers.4.post_attention_layernorm.weight"] == 3).all())
     assert done["statistics"] == {"note": "kept"}
+    found = describe(open_checkpoint(tmp_path / "out"))
+    weights = sum(q.numel() for q in (stored[f"model.layers.{i}.{name}.weight"] for i in range(5) for name in llama.LINEARS)) * 2  # two codes a byte
+    held = sum(t.nbytes for name, t in stored.items() if name.startswith("model.layers.") and "norm" not in name)
+    assert found["linear_weights"] == weights and done["bits_per_weight"] == found["bits_per_weight"] == 8 * held / weights
 
 
 @needs_stories
