@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         if run is not inspect:
             p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
             p.add_argument("--device", default="auto", help="auto or cpu (default auto)")
-            p.add_argument("--kv-bits", type=int, help="bits of the KV cache: 16 or 8 (default: what the checkpoint asks for, else 16)")
+            asked = "16, 8 or 4 (default: what the checkpoint asks for, else 16)"
+            p.add_argument("--act-bits", type=int, help=f"bits of the activations that quantized linears read: {asked}")
+            p.add_argument("--kv-bits", type=int, help=f"bits of the KV cache: {asked}")
         return p
 
     p = command("generate", generate, "Complete a prompt and stream the text.")
@@ -91,14 +93,13 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--score", help="how outliers are ranked (default: the method's own)")
     p.add_argument("--scope", help="where they are looked for: tensor, global, row, structured or columns (default: the method's own)")
     p.add_argument("--rounding", help="how the other weights are rounded: rtn, gptq, ... (default: the method's own)")
-    p.add_argument("--act-bits", type=int, default=16, help="bits of activations at run time: 16, 8 or 4 (default 16)")
     p.add_argument("--head-bits", type=int, default=8, help="bits of the output matrix: 8 or 16 (default 8)")
     p.add_argument("--calib", metavar="FILE", help="UTF-8 calibration text (default: text that the model writes itself)")
     p.add_argument("--samples", type=int, help="calibration windows (default: the method's own)")
     p.add_argument("--seq-len", type=int, help="tokens of a window (default: the method's own)")
     p.add_argument("--steps", type=int, help="training steps of each block, for methods that train (default: the method's own)")
     p.add_argument("--seed", type=int, default=0)
-    p.set_defaults(kv_bits=16)  # recorded in the checkpoint
+    p.set_defaults(act_bits=16, kv_bits=16)  # recorded in the checkpoint
     p.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
 
 
@@ -124,7 +125,7 @@ def _load(args: argparse.Namespace, *model: str | None):
     """The model of the command line, or another under the same options."""
     from .loader import load
 
-    return load(*(model or (args.model,)), args.device, threads=args.threads, kv_bits=args.kv_bits, progress=sys.stderr.isatty())
+    return load(*(model or (args.model,)), args.device, threads=args.threads, act_bits=args.act_bits, kv_bits=args.kv_bits, progress=sys.stderr.isatty())
 
 
 def _sampling_of(args: argparse.Namespace) -> dict:

@@ -64,21 +64,24 @@ class Gated(nn.Module):
         return silu_mul(self.layer(x, program=program), out=out, program=program)
 
 
-def linear(weights: Sequence[QTensor | tuple[Tensor, Tensor | None]], act_bits: int = 16, kernel: str = "", gated: bool = False) -> nn.Module:
+def linear(
+    weights: Sequence[QTensor | tuple[Tensor, Tensor | None]], act_bits: int = 16, kernel: str = "", gated: bool = False, act_clip: Tensor | None = None
+) -> nn.Module:
     """One layer for the weights of a site: quantized ones as QTensor, float ones as (w, bias); joined where their formats agree.
 
-    `gated`: the weights are a gate's and what it gates, and the layer returns silu(g)·u.
+    `gated`: the weights are a gate's and what it gates, and the layer returns silu(g)·u. `act_bits` and `act_clip` as in `Linear`, for those
+    that are quantized.
     """
     if all(isinstance(w, QTensor) for w in weights):
         joined = weights[0] if len(weights) == 1 else stack(weights)
         if joined is not None:
-            return Linear(joined, act_bits, kernel, gated)
+            return Linear(joined, act_bits, kernel, gated, act_clip)
     if gated:
-        return Gated(linear(weights, act_bits, kernel))
+        return Gated(linear(weights, act_bits, kernel, act_clip=act_clip))
     if not any(isinstance(w, QTensor) for w in weights):
         biases = [b for _, b in weights]
         return Dense(torch.cat([w for w, _ in weights]), None if biases[0] is None else torch.cat(biases))
-    return SideBySide([Linear(w, act_bits, kernel) if isinstance(w, QTensor) else Dense(*w) for w in weights])
+    return SideBySide([Linear(w, act_bits, kernel, act_clip=act_clip) if isinstance(w, QTensor) else Dense(*w) for w in weights])
 
 
 def weight_layers(module: nn.Module) -> list[Linear | Dense]:

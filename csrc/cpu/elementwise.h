@@ -59,21 +59,30 @@ float quantize_group(const float* x, int64_t n, int8_t* const (&code)[planes], i
 }
 
 template <class V>
+float rms_factor(const float* x, int64_t n, float eps) {
+  typename V::F sum = V::zero();
+  for (int64_t c = 0; c < n; c += V::lanes) {
+    const auto v = V::load(x + c, int(n - c < V::lanes ? n - c : V::lanes));
+    sum = V::fma(v, v, sum);
+  }
+  return 1.0f / __builtin_sqrtf(V::sum(sum) / float(n) + eps);
+}
+
+// y[n] = x · factor · weight.
+template <class V>
+void scale_row(const float* x, float factor, const float* weight, float* y, int64_t n) {
+  for (int64_t c = 0; c < n; c += V::lanes) {
+    const int count = int(n - c < V::lanes ? n - c : V::lanes);
+    V::store(y + c, V::mul(V::mul(V::load(x + c, count), V::set(factor)), V::load(weight + c, count)), count);
+  }
+}
+
+template <class V>
 void rmsnorm(const RmsNorm& op, void*) {
   parallel_for(op.m, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* x = op.x + (op.row ? op.row[i] : i) * op.n;
-      float* y = op.y + i * op.n;
-      typename V::F sum = V::zero();
-      for (int64_t c = 0; c < op.n; c += V::lanes) {
-        const auto v = V::load(x + c, int(op.n - c < V::lanes ? op.n - c : V::lanes));
-        sum = V::fma(v, v, sum);
-      }
-      const auto factor = V::set(1.0f / __builtin_sqrtf(V::sum(sum) / float(op.n) + op.eps));
-      for (int64_t c = 0; c < op.n; c += V::lanes) {
-        const int count = int(op.n - c < V::lanes ? op.n - c : V::lanes);
-        V::store(y + c, V::mul(V::mul(V::load(x + c, count), factor), V::load(op.weight + c, count)), count);
-      }
+      scale_row<V>(x, rms_factor<V>(x, op.n, op.eps), op.weight, op.y + i * op.n, op.n);
     }
   });
 }

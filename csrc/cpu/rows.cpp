@@ -3,6 +3,7 @@
 #include "cpu/attention.h"
 #include "cpu/elementwise.h"
 #include "cpu/qlinear.h"
+#include "cpu/transform.h"
 #include PE_ISA_HEADER
 
 namespace pe {
@@ -17,6 +18,7 @@ constexpr auto plain = Layout::canonical;
 const Row<QLinear> qlinear_row{{"qlinear_" PE_ISA_NAME, cpu, V::arch, rank, V::layout, qlinear_refuses<V>, qlinear<V>}};
 const Row<RmsNorm> rmsnorm_row{{"rmsnorm_" PE_ISA_NAME, cpu, V::arch, rank, plain, rmsnorm_refuses, rmsnorm<V>}};
 const Row<SiluMul> silu_mul_row{{"silu_mul_" PE_ISA_NAME, cpu, V::arch, rank, plain, nullptr, silu_mul<V>}};
+const Row<Transform> transform_row{{"transform_" PE_ISA_NAME, cpu, V::arch, rank, plain, transform_refuses, transform<V>}};
 const Row<RopeKV> rope_kv_row{{"rope_kv_" PE_ISA_NAME, cpu, V::arch, rank, plain, rope_kv_refuses, rope_kv<V>}};
 const Row<Attention> attention_row{{"attention_" PE_ISA_NAME, cpu, V::arch, rank, plain, attention_refuses, attention<V>}};
 

@@ -13,6 +13,7 @@ from .. import memory, ops
 from ..cache import Batch, KVCache, LayerCache
 from ..errors import CheckpointError
 from ..layers import Dense, Embedding
+from ..transforms import HeadBasis, SiteInput, Transform
 
 # The linears of a block in the order they run, by the input they share: quantizers treat a site's members alike.
 SITES = {
@@ -183,39 +184,42 @@ def block_forward(w: dict[str, Tensor], x: Tensor, c: Config, cos: Tensor, sin: 
 
 
 class Block(nn.Module):
-    """One block on our kernels. Linears that share an input are one."""
+    """One block on our kernels. Linears that share an input are one; `transforms` has what changes the basis of each site's, if anything."""
 
-    def __init__(self, c: Config, norms: list[Tensor], linears: list[nn.Module]):
+    def __init__(self, c: Config, norms: list[Tensor], linears: list[nn.Module], transforms: list[Transform | None], heads: HeadBasis):
         super().__init__()
-        self.config = c
-        self.attention_norm, self.mlp_norm = norms
+        self.config, self.heads = c, heads
+        before = (norms[0], None, norms[1], None)  # by site
+        self.attn_in, self.o_in, self.mlp_in, self.down_in = (SiteInput(t, norm, c.rms_norm_eps) for t, norm in zip(transforms, before))
         self.qkv, self.o, self.gate_up, self.down = linears
         self.exact = isinstance(self.qkv, Dense)  # who runs float weights wants float results
 
     def forward(self, rows: Rows, kv: LayerCache, rope: tuple[Tensor, Tensor], program: ops.Program | None) -> None:
         """Updates rows.x in place, now or whenever `program` runs."""
         c = self.config
-        ops.rms_norm(rows.x, self.attention_norm, c.rms_norm_eps, out=rows.h, program=program)
-        self.qkv(rows.h, out=rows.qkv, program=program)
-        ops.rope_kv(rows.qkv, *rope, kv.k, kv.v, rows.slot, rows.position, c.num_attention_heads, kv_scale=kv.scale, program=program)
+        self.qkv(self.attn_in(rows.x, rows.h, program), out=rows.qkv, program=program)
+        ops.rope_kv(
+            rows.qkv, *rope, kv.k, kv.v, rows.slot, rows.position, c.num_attention_heads,
+            kv_scale=kv.scale, basis=self.heads.basis, clip=self.heads.clip, program=program,
+        )  # fmt: skip
         q = rows.qkv[:, : c.num_attention_heads * c.head_dim]
         ops.attention(
             q, kv.k, kv.v, rows.slot, rows.position, c.head_dim**-0.5, out=rows.a, exact=self.exact, kv_scale=kv.scale, program=program
         )  # fmt: skip
-        self.o(rows.a, residual=rows.x, out=rows.x, program=program)
-        ops.rms_norm(rows.x, self.mlp_norm, c.rms_norm_eps, out=rows.h, program=program)
-        self.gate_up(rows.h, out=rows.g, program=program)
-        self.down(rows.g, residual=rows.x, out=rows.x, program=program)
+        self.o(self.o_in(rows.a, rows.t[:, : rows.a.shape[1]], program), residual=rows.x, out=rows.x, program=program)
+        self.gate_up(self.mlp_in(rows.x, rows.h, program), out=rows.g, program=program)
+        self.down(self.down_in(rows.g, rows.t[:, : rows.g.shape[1]], program), residual=rows.x, out=rows.x, program=program)
 
 
 class Rows:
     """The buffers that m rows pass through the model in: token i64[m], slot and position i32[m]; x, h f32[m, hidden] and what each linear
-    makes of them; wanted i64[w] and last f32[w, hidden], the rows whose logits are asked for."""
+    makes of them, t what a change of basis makes of a and g; wanted i64[w] and last f32[w, hidden], the rows whose logits are asked for."""
 
     def __init__(self, c: Config, m: int, wanted: int):
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.x, self.h = memory.empty(m, c.hidden_size), memory.empty(m, c.hidden_size)
         self.qkv, self.a, self.g = memory.empty(m, q + 2 * kv), memory.empty(m, q), memory.empty(m, c.intermediate_size)
+        self.t = memory.empty(m, max(q, c.intermediate_size))
         self.token, self.wanted = torch.empty(m, dtype=torch.int64), torch.empty(wanted, dtype=torch.int64)
         self.slot, self.position = torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.int32)
         self.last = memory.empty(wanted, c.hidden_size)
