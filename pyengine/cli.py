@@ -93,6 +93,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--score", help="how outliers are ranked (default: the method's own)")
     p.add_argument("--scope", help="where they are looked for: tensor, global, row, structured or columns (default: the method's own)")
     p.add_argument("--rounding", help="how the other weights are rounded: rtn, gptq, ... (default: the method's own)")
+    p.add_argument("--grid", help="range: scales span a group's weights; search: the cheapest that may clip (default: the method's own)")
     p.add_argument("--head-bits", type=int, default=8, help="bits of the output matrix: 8 or 16 (default 8)")
     p.add_argument("--calib", metavar="FILE", help="UTF-8 calibration text (default: text that the model writes itself)")
     p.add_argument("--samples", type=int, help="calibration windows (default: the method's own)")
@@ -212,7 +213,7 @@ def quantize(args: argparse.Namespace) -> int:
         raise ValueError(f"device is {args.device!r}; this build quantizes on 'cpu'")
     if args.threads is not None:
         ops.set_threads(args.threads)
-    names = ("method", "bits", "group_size", "outliers", "score", "scope", "rounding", "act_bits", "kv_bits", "head_bits", "calib", "seed", "resume")
+    names = ("method", "bits", "group_size", "outliers", "score", "scope", "rounding", "grid", "act_bits", "kv_bits", "head_bits", "calib", "seed", "resume")
     options = {name: getattr(args, name) for name in names} | {"symmetric": not args.asymmetric}
     options |= {name: value for name in ("samples", "seq_len", "steps") if (value := getattr(args, name)) is not None}
     report = run(args.model, args.out, **options)

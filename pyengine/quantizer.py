@@ -34,7 +34,7 @@ from .quant.common import FLOAT16_MAX, Block, Spec, quantize_matrix
 from .tokenizer import Tokenizer, load_tokenizer
 
 # Files in quant/ that are not methods.
-HELPERS = ("__init__", "calibration", "common", "fakequant", "outliers", "rounding", "simulate", "training", "transforms")
+HELPERS = ("__init__", "calibration", "common", "fakequant", "grid", "outliers", "rounding", "simulate", "training", "transforms")
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
 VERSION = 1  # of what is written: one more when the same options give other bytes
 
@@ -63,6 +63,7 @@ def quantize(
     score: str | None = None,
     scope: str | None = None,
     rounding: str | None = None,
+    grid: str | None = None,
     act_bits: int = 16,
     kv_bits: int = 16,
     head_bits: int = 8,
@@ -76,8 +77,8 @@ def quantize(
 ) -> dict:
     """Quantize a checkpoint (a path, or what `open_checkpoint` returned) into the new directory `out`; returns a report.
 
-    calib is a UTF-8 text to calibrate on; without one the model writes its own. group_size, score, scope, rounding, samples, seq_len
-    and steps are the method's own where None. `progress(items, label)` wraps the long loops. act_bits and kv_bits are recorded for the
+    calib is a UTF-8 text to calibrate on; without one the model writes its own. group_size, score, scope, rounding, grid, samples,
+    seq_len and steps are the method's own where None. `progress(items, label)` wraps the long loops. act_bits and kv_bits are recorded for the
     runtime, which quantizes those as it runs. Raises ValueError for arguments that make no sense, CheckpointError for a source that
     cannot be trusted, OSError if the disk is full; in all of these `out` does not appear, and `resume=True` continues a run that was
     cut short.
@@ -88,7 +89,7 @@ def quantize(
         raise ValueError(f"steps is {steps}, but {method} does not train")
     steps = getattr(module, "STEPS", None) if steps is None else steps
     spec = Spec(
-        method, bits, group_size, symmetric, outliers, score, scope, rounding, act_bits, kv_bits, head_bits, samples, seq_len, steps, seed
+        method, bits, group_size, symmetric, outliers, score, scope, rounding, grid, act_bits, kv_bits, head_bits, samples, seq_len, steps, seed
     ).check()  # fmt: skip
     spec = module.complete(spec)
     require_free(out)  # before the minutes that a calibration text may take
@@ -155,6 +156,7 @@ def quantized_block(module: ModuleType, model: FloatModel, batches: Batches | No
     weights = model.block(i)
     block = Block(i, prefix, weights, model.arch.SITES, batches.forward if batches else None, work, model.config)
     if batches:
+        block.rope = batches.cos, batches.sin
         block.quantized_inputs = lambda: batches.quantized_inputs(i)
     quantized = module.quantize_block(block, (lambda: batches.inputs(i)) if batches else None, spec)
     tensors = {f"{prefix}{name}.weight": norm_tensor(model, f"{prefix}{name}.weight", weights[f"{name}.weight"]) for name in model.arch.NORMS}

@@ -177,7 +177,7 @@ def test_completed_requests():
     assert gwq.complete(Spec(score="abs_w")).samples == 0
     done = paper.complete(Spec(samples=9, method="gwq-paper"))
     assert (done.score, done.samples, paper.prepare) == ("abs_g", 1, gwq.prepare)
-    assert rtn.complete(Spec()) == dataclasses.replace(Spec(), outliers=0.0, score=None, rounding="rtn", samples=0, seq_len=0)
+    assert rtn.complete(Spec()) == dataclasses.replace(Spec(), outliers=0.0, score=None, rounding="rtn", grid="range", samples=0, seq_len=0)
 
 
 def test_outliers_bring_the_loss_back(model, batches):

@@ -8,7 +8,7 @@ codes are computed, so that the file holds the best codes for the scales it hold
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ class Spec:
     score: str | None = None
     scope: str | None = None
     rounding: str | None = None  # how the weights outside the mask get their codes: a file of this folder with `round_matrix` or `round_block`
+    grid: str | None = None  # "range" spans a group's weights, "search" is the cheapest of some that clip
     act_bits: int = 16
     kv_bits: int = 16
     head_bits: int = 8
@@ -55,6 +56,7 @@ class Spec:
         _one_of("group_size", self.group_size, (0, *reversed(GROUPS)))
         _one_of("symmetric", self.symmetric, (True, False))
         _one_of("score", self.score, (None, *SCORES))
+        _one_of("grid", self.grid, (None, "range", "search"))
         _one_of("scope", self.scope, (None, *SCOPES))
         _one_of("act_bits", self.act_bits, (4, 8, 16))
         _one_of("kv_bits", self.kv_bits, (4, 8, 16))
@@ -86,6 +88,8 @@ class Block:
     forward: Callable | None = None  # forward(weights, x[b, t, hidden], hook, edit): the block in float
     folder: Path | None = None  # where the method's `prepare` left its notes, and `quantize_block` may leave some
     config: object | None = None  # the Config of pyengine/models/<model_type>.py
+    rope: tuple[Tensor, Tensor] | None = None  # cos and sin of the windows' positions, f32[t, head_dim/2]
+    notes: dict[str, object] = field(default_factory=dict)  # what a rounding keeps from one site for the next
     quantized_inputs: Callable[[], Tensor] | None = None  # f32[s, t, hidden]: the inputs as the quantized blocks before make them
 
     @property

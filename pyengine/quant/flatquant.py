@@ -59,7 +59,7 @@ def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults."""
     if not spec.symmetric:
         raise ValueError("flatquant rounds weights symmetrically; asymmetric weights are not supported")
-    spec = replace(spec, outliers=0.0, score=None, scope=None, samples=spec.samples or 32, seq_len=spec.seq_len or 256)
+    spec = replace(spec, outliers=0.0, score=None, scope=None, grid="range", samples=spec.samples or 32, seq_len=spec.seq_len or 256)
     return rounding.complete(spec, "rtn", spec.samples, spec.seq_len)
 
 

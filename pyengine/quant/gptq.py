@@ -5,15 +5,19 @@ Cholesky factor of H^-1, the best that columns c > j can do about the error of c
 
     w[:, c] -= (w[:, j] - q[:, j]) / U[j, j] * U[j, c]
 
-x_t are the inputs that the quantized model computes, before every site anew. s_t is 1, but `SINK_WEIGHT` for the first token of a
+and leaves ((w[:, j] - q[:, j]) / U[j, j])^2 of output error for good. Columns go from the largest input to the smallest, whose
+errors matter least when nothing is left to make up for them. Grids are fitted before any column is touched, with 1 / U[j, j]^2 as
+the price of an error; so a group's columns need not be neighbours in the order.
+
+x_t are the inputs that the quantized model computes, anew at every site. s_t is 1, but `SINK_WEIGHT` for the first token of a
 window: attention falls back on it from everywhere, so that its error reaches every other token, while it is one of hundreds in the
-sum. Grids are fitted before any column is touched, which leaves the order free.
+sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,17 +25,17 @@ from torch import Tensor
 from ..qtensor import QTensor, fit_group
 from . import rounding
 from .common import Block, Spec, assemble, fit_grid, require_finite
+from .grid import search_grid
 
 SINK_WEIGHT = 100.0
 DAMPING = 0.01  # of the mean diagonal of H is added to its diagonal
 COLUMNS = 128  # columns whose corrections are gathered before they go to the rest of the matrix as one product
+SAMPLES, SEQ_LEN = 16, 512
 
 
 def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults; ValueError if another rounding is asked for."""
-    if spec.rounding not in (None, "gptq"):
-        raise ValueError(f"rounding is {spec.rounding!r}, but gptq is a rounding itself; use method {spec.rounding}")
-    return replace(spec, outliers=0.0, score=None, scope=None, rounding="gptq", samples=spec.samples or 16, seq_len=spec.seq_len or 1024)
+    return rounding.alone(spec, "gptq", SAMPLES, SEQ_LEN)
 
 
 def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor]:
@@ -46,40 +50,47 @@ class Factor:
     order: Tensor  # i64[k]: columns from the first to the last to be rounded
     upper: Tensor  # f32[k, k]: Cholesky factor of the inverse of the damped H, upper triangle, in that order
 
+    @property
+    def price(self) -> Tensor:
+        """f32[k]: the output error that a unit of squared error in a column leaves for good."""
+        price = torch.empty_like(self.upper.diagonal())
+        price[self.order] = self.upper.diagonal().square().reciprocal()
+        return price
+
 
 def collect(block: Block, weights: dict[str, Tensor], site: str, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, Factor]:
     """The factor of each linear of a site, one for all."""
-    h = gram(rounding.site_inputs(block, weights, site, block.quantized_inputs()), first_token)
+    x = block.quantized_inputs()
+    h = gram(rounding.site_inputs(block, weights, site, x), first_token(x))
     return dict.fromkeys(block.sites[site], factorise(h))
 
 
 def first_token(x: Tensor) -> Tensor:
-    """s_t of x[windows, t, k], f32[windows, t]."""
+    """s_t of the tokens of x[windows, t, :], f32[windows, t]."""
     s = torch.ones(x.shape[:2])
     s[:, 0] = SINK_WEIGHT
     return s
 
 
-def gram(parts, token_weight: Callable[[Tensor], Tensor]) -> Tensor:
-    """f64[k, k]: sum over tokens of s_t x_t x_t^T, where parts are f32[windows, t, k] and token_weight gives s of each."""
-    total = 0.0
+def gram(parts: Iterable[Tensor], token_weight: Tensor) -> Tensor:
+    """f64[k, k]: sum over tokens of s_t x_t x_t^T, s = token_weight f32[samples, t]; the parts f32[windows, t, k] are all samples in order."""
+    total, at = 0.0, 0
     for x in parts:
-        x = (x * token_weight(x).sqrt().unsqueeze(2)).flatten(0, 1)
+        s = token_weight[at : at + len(x)].sqrt().unsqueeze(2)
+        x, at = (x * s).flatten(0, 1), at + len(x)
         total = total + (x.T @ x).double()
     return total
 
 
 def factorise(h: Tensor, order: Tensor | None = None) -> Factor:
     """The factor of f64 h[k, k]. Damping grows tenfold until a Cholesky decomposition exists; inputs that were always 0 round to nearest."""
-    k = h.shape[0]
-    order = torch.arange(k) if order is None else order
+    order = torch.argsort(h.diagonal(), descending=True, stable=True) if order is None else order
     h = h[order][:, order]
     diagonal = h.diagonal()
     dead = diagonal == 0
     damping = DAMPING * float(diagonal.mean()) or 1.0
     while True:
-        damped = h + torch.diag(damping + dead.double())
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(h + torch.diag(damping + dead.double()))
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
@@ -87,38 +98,56 @@ def factorise(h: Tensor, order: Tensor | None = None) -> Factor:
         damping *= 10
 
 
+def grid(w: Tensor, spec: Spec, mask: Tensor | None, price: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of each group of w[n, k] as `spec.grid` asks; price f32[k] is what an input's squared errors cost."""
+    group = fit_group(spec.group_size, w.shape[1])
+    if spec.grid == "search":
+        return search_grid(w, spec, group, mask, price)
+    return fit_grid(w, spec.bits, group, spec.symmetric, mask)
+
+
+class Columns:
+    """Rounds a matrix of n rows a column at a time; columns are counted in `order` i64[k]. Transposed, they are contiguous."""
+
+    def __init__(self, scale: Tensor, zero: Tensor | None, spec: Spec, mask: Tensor | None, order: Tensor):
+        self.scale = scale.float().T.contiguous()
+        self.zero = torch.zeros_like(self.scale) if zero is None else zero.float().T.contiguous()
+        self.low, self.high = (0, 2**spec.bits - 1) if zero is not None else (-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1)
+        self.excess = 0 if zero is not None else 2 ** (spec.container - 1)  # of what is stored over the code
+        self.mask, self.order = None if mask is None else mask.T[order].contiguous(), order
+        self.groups = (order // (order.numel() // self.scale.shape[0])).tolist()
+        self.code = torch.empty(order.numel(), scale.shape[0])
+
+    def round(self, j: int, column: Tensor) -> Tensor:
+        """What is stored for the j-th column f32[n], as f32[n]; keeps its codes."""
+        s, z = self.scale[self.groups[j]], self.zero[self.groups[j]]
+        code = torch.round(column / s).add_(z).clamp_(self.low, self.high)
+        self.code[j] = code
+        q = code.sub_(z).mul_(s)
+        return q if self.mask is None else torch.where(self.mask[j], column.half().float(), q)
+
+    def codes(self) -> Tensor:
+        """u8[n, k], when all columns are rounded."""
+        return (self.code[torch.argsort(self.order)].T + self.excess).to(torch.uint8).contiguous()
+
+
 def round_matrix(w: Tensor, spec: Spec, mask: Tensor | None, statistics: Factor, bias: Tensor | None, name: str) -> QTensor:
     """Round f32 w[n, k] with its site's factor; where mask[n, k] is true, what w became by the corrections is stored in float16."""
     require_finite(w, name)
-    scale, zero = fit_grid(w, spec.bits, fit_group(spec.group_size, w.shape[1]), spec.symmetric, mask)
+    scale, zero = grid(w, spec, mask, statistics.price)
     codes, values = compensate(w, scale, zero, spec, mask, statistics)
     return assemble(values, codes, scale, zero, spec, mask, bias, name)
 
 
 def compensate(w: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec, mask: Tensor | None, factor: Factor) -> tuple[Tensor, Tensor]:
     """(codes u8[n, k], f32[n, k]: the weights as they were when their turn to be rounded came)."""
-    (n, k), order, upper = w.shape, factor.order, factor.upper
-    low, high = (-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1) if zero is None else (0, 2**spec.bits - 1)
-    # Transposed, a column is contiguous.
-    scales, rest = scale.float().T.contiguous(), w.T[order].contiguous()
-    zeros = torch.zeros_like(scales) if zero is None else zero.float().T.contiguous()
-    kept = None if mask is None else mask.T[order].contiguous()
-    groups, pivots = (order // (k // scale.shape[1])).tolist(), upper.diagonal().tolist()
-    codes = torch.empty(k, n)
+    (n, k), upper = w.shape, factor.upper
+    columns, rest, pivots = Columns(scale, zero, spec, mask, factor.order), w.T[factor.order].contiguous(), upper.diagonal().tolist()
     for a in range(0, k, COLUMNS):
         b = min(a + COLUMNS, k)
         errors = torch.empty(b - a, n)
         for j in range(a, b):
-            column, s, z = rest[j], scales[groups[j]], zeros[groups[j]]
-            code = torch.round(column / s).add_(z).clamp_(low, high)
-            codes[j] = code
-            q = (code - z).mul_(s)
-            if kept is not None:
-                q = torch.where(kept[j], column.half().float(), q)
-            errors[j - a] = (column - q).div_(pivots[j])
+            errors[j - a] = (rest[j] - columns.round(j, rest[j])).div_(pivots[j])
             rest[j + 1 : b].addr_(upper[j, j + 1 : b], errors[j - a], alpha=-1)
         rest[b:].addmm_(upper[a:b, b:].T, errors, alpha=-1)
-    back = torch.argsort(order)
-    if zero is None:
-        codes += 2 ** (spec.container - 1)
-    return codes[back].T.to(torch.uint8).contiguous(), rest[back].T.contiguous()
+    return columns.codes(), rest[torch.argsort(factor.order)].T.contiguous()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from types import ModuleType
 
@@ -57,7 +58,7 @@ def round_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec, m
 
 
 class _Seen(Exception):
-    """Ends a block's forward pass at the site that was asked for."""
+    """Ends a block's forward pass where everything that was asked for has been seen."""
 
 
 def site_inputs(block: Block, weights: dict[str, Tensor], site: str, x: Tensor) -> Iterator[Tensor]:
@@ -69,12 +70,35 @@ def site_inputs(block: Block, weights: dict[str, Tensor], site: str, x: Tensor) 
             seen.append(value)
             raise _Seen
 
-    with torch.no_grad():
-        for part in chunks(x):
-            try:
-                block.forward(weights, part, see)
-            except _Seen:
-                yield seen.pop()
+    for part in chunks(x):
+        with torch.no_grad(), suppress(_Seen):  # and not around the yield, which would switch gradients off for the caller
+            block.forward(weights, part, see)
+        yield seen.pop()
+
+
+def query_key(block: Block, weights: dict[str, Tensor], x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(queries, keys) after RoPE, f32[windows, heads, t, head_dim] and with key heads, a part at a time, when x[samples, t, hidden] enters."""
+    seen = {}
+
+    def edit(what: str, value: Tensor) -> Tensor:
+        seen[what] = value
+        if what == "key":
+            raise _Seen
+        return value
+
+    for part in chunks(x):
+        with torch.no_grad(), suppress(_Seen):
+            block.forward(weights, part, None, edit)
+        yield seen["query"], seen["key"]
+
+
+def attention(block: Block, weights: dict[str, Tensor], x: Tensor) -> Iterator[Tensor]:
+    """f32[heads, t, t] of each window of x[samples, t, hidden]: the share of its attention that a query (row) pays to a key (column)."""
+    future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    for queries, keys in query_key(block, weights, x):
+        for q, k in zip(queries, keys, strict=True):
+            k = k.repeat_interleave(q.shape[0] // k.shape[0], 0)
+            yield (q @ k.transpose(1, 2) * q.shape[2] ** -0.5).masked_fill_(future, -torch.inf).softmax(2)
 
 
 def complete(spec: Spec, own: str = "rtn", samples: int = 0, seq_len: int = 0) -> Spec:
@@ -84,6 +108,15 @@ def complete(spec: Spec, own: str = "rtn", samples: int = 0, seq_len: int = 0) -
     """
     spec = replace(spec, rounding=spec.rounding or own)
     wants = load_rounding(spec.rounding).complete(spec)
+    spec = replace(spec, grid=wants.grid)
     if wants.samples:
         return replace(spec, samples=wants.samples, seq_len=wants.seq_len)
     return replace(spec, samples=spec.samples or samples, seq_len=spec.seq_len or seq_len) if samples else replace(spec, samples=0, seq_len=0)
+
+
+def alone(spec: Spec, name: str, samples: int, seq_len: int) -> Spec:
+    """`spec` for a rounding that is the whole method, with its windows; ValueError if another rounding is asked for."""
+    if spec.rounding not in (None, name):
+        raise ValueError(f"rounding is {spec.rounding!r}, but {name} is a rounding itself; use method {spec.rounding}")
+    windows = {"samples": spec.samples or samples, "seq_len": spec.seq_len or seq_len}
+    return replace(spec, outliers=0.0, score=None, scope=None, rounding=name, grid=spec.grid or "search", **windows)

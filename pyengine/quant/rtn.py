@@ -12,10 +12,12 @@ from .common import Block, Spec, quantize_matrix
 
 
 def complete(spec: Spec) -> Spec:
-    """`spec` as this method takes it; ValueError if another rounding is asked for."""
+    """`spec` as this method takes it; ValueError if another rounding or a searched grid is asked for."""
     if spec.rounding not in (None, "rtn"):
         raise ValueError(f"rounding is {spec.rounding!r}, but rtn is a rounding itself; use method {spec.rounding}")
-    return replace(spec, outliers=0.0, score=None, scope=None, rounding="rtn", samples=0, seq_len=0)
+    if spec.grid not in (None, "range"):
+        raise ValueError(f"grid is {spec.grid!r}, but rtn reads no text that could say what an error costs")
+    return replace(spec, outliers=0.0, score=None, scope=None, rounding="rtn", grid="range", samples=0, seq_len=0)
 
 
 def quantize_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec) -> dict[str, QTensor]:
