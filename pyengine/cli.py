@@ -122,11 +122,12 @@ def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _load(args: argparse.Namespace, *model: str | None):
-    """The model of the command line, or another under the same options."""
+def _load(args: argparse.Namespace, *model: str | None, **bits: int | None):
+    """The model of the command line, or another, under the options of the command line or other bits."""
     from .loader import load
 
-    return load(*(model or (args.model,)), args.device, threads=args.threads, act_bits=args.act_bits, kv_bits=args.kv_bits, progress=sys.stderr.isatty())
+    bits = {"act_bits": args.act_bits, "kv_bits": args.kv_bits} | bits
+    return load(*(model or (args.model,)), args.device, threads=args.threads, progress=sys.stderr.isatty(), **bits)
 
 
 def _sampling_of(args: argparse.Namespace) -> dict:
@@ -247,16 +248,18 @@ def evaluate(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         progress=not args.json or sys.stderr.isatty(),
     )
+    # The bits of the command line are for the models under test: a reference is what it is.
+    reference = _load(args, args.reference, act_bits=None, kv_bits=None) if args.reference else None
     if args.compare:
         models = [args.model, *args.compare] if args.model else args.compare
-        result = comparison.compare(models, lambda model: _load(args, model), measure, args.reference)
+        result = comparison.compare(models, lambda model: _load(args, model), measure, reference)
         _print(args, result, lambda r: comparison.table(r, list(measure.questions)))
         if args.plot:
             points, base = comparison.points(result)
             plot.pareto(points, args.plot, f"{os.path.basename(args.text)}, {args.limit_tokens or 'all'} tokens", base)
         return 0
     engine = _load(args)
-    result = measure(engine, _load(args, args.reference) if args.reference else None)
+    result = measure(engine, reference)
     _print(args, result, comparison.lines)
     return 0
 

@@ -76,12 +76,11 @@ def read_prompts(file: str) -> list[str]:
     return prompts
 
 
-def compare(models: Sequence[str], load: Callable[[str | None], Engine], measure: Measure, reference: str | None = None) -> dict:
+def compare(models: Sequence[str], load: Callable[[str | None], Engine], measure: Measure, reference: Engine | None = None) -> dict:
     """{"reference", "rows"}: for each model its name, bits_per_weight (None where the source does not tell), size_bytes and what `measure` finds.
 
     One model at a time is in memory, and the reference. Without a reference differences are taken from the first model.
     """
-    against = load(reference) if reference is not None else None
     baseline: dict[int, Tensor] = {}
     rows = []
     for model in models:
@@ -90,9 +89,9 @@ def compare(models: Sequence[str], load: Callable[[str | None], Engine], measure
         size = sum(f.stat().st_size for f in checkpoint.files)
         bits = None if checkpoint.format == "gguf" else describe(checkpoint)["bits_per_weight"]
         checkpoint.release()
-        rows.append({"model": model, "bits_per_weight": bits, "size_bytes": size, **measure(engine, against, baseline)})
+        rows.append({"model": model, "bits_per_weight": bits, "size_bytes": size, **measure(engine, reference, baseline)})
         del engine  # before its successor is loaded
-    return {"reference": reference, "rows": rows}
+    return {"reference": None if reference is None else str(reference.checkpoint.path), "rows": rows}
 
 
 def lines(result: dict) -> list[str]:

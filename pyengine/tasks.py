@@ -168,6 +168,6 @@ def _run(engine: Engine, cache: KVCache, rows: Sequence[_Row], losses: Tensor) -
         logits = engine.model(batch, cache)
         for at in range(0, len(wanted), ROWS):
             p = logits[at : at + ROWS].float().log_softmax(1)
-            for row, i in zip(p, wanted[at : at + ROWS]):
-                for sequence, token in part[i].predicts:
-                    losses[sequence] -= row[token].item()
+            pairs = [(row, *pair) for row, i in enumerate(wanted[at : at + ROWS]) for pair in part[i].predicts]
+            row, sequence, token = torch.tensor(pairs).T
+            losses.index_add_(0, sequence, -p[row.to(p.device), token.to(p.device)].double().cpu())

@@ -198,6 +198,8 @@ def test_models_side_by_side(capfd, stories, rounded, text_file, tmp_path, data)
     against = command(capfd, "eval", "--compare", rounded, "--reference", stories, *options)
     row = against["rows"][0]
     assert row["nll_difference"] == pytest.approx(plain["rows"][1]["nll_difference"], abs=1e-6) and row["kl"] > 0 and row["size_bytes"] > 1e5
+    codes = command(capfd, "eval", stories, "--reference", stories, "--kv-bits", 8, *options)
+    assert 0 < codes["kl"] < 0.01  # the reference keeps its 16 bits
     pytest.importorskip("matplotlib")
     drawn, task = tmp_path / "plot.png", data / "tasks" / "openbookqa.jsonl"
     assert cli.main([str(a) for a in ("eval", "--compare", stories, rounded, "--plot", drawn, "--tasks", task, "--limit", 2, *options)]) == 0
