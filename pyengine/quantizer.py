@@ -34,7 +34,7 @@ from .quant.common import FLOAT16_MAX, Block, Spec, quantize_matrix
 from .tokenizer import Tokenizer, load_tokenizer
 
 # Files in quant/ that are not methods.
-HELPERS = ("__init__", "calibration", "common", "fakequant", "grid", "outliers", "rounding", "simulate", "training", "transforms")
+HELPERS = ("__init__", "calibration", "columns", "common", "descent", "fakequant", "grid", "outliers", "rounding", "simulate", "training", "transforms")
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
 VERSION = 1  # of what is written: one more when the same options give other bytes
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..qtensor import QTensor
 from . import gptq, rounding
+from .columns import COLUMNS, Columns
 from .common import Block, Spec, assemble, require_finite
-from .gptq import COLUMNS, Columns
 
 SAMPLES, SEQ_LEN = gptq.SAMPLES, gptq.SEQ_LEN
 

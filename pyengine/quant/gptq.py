@@ -7,7 +7,8 @@ Cholesky factor of H^-1, the best that columns c > j can do about the error of c
 
 and leaves ((w[:, j] - q[:, j]) / U[j, j])^2 of output error for good. Columns go from the largest input to the smallest, whose
 errors matter least when nothing is left to make up for them. Grids are fitted before any column is touched, with 1 / U[j, j]^2 as
-the price of an error; so a group's columns need not be neighbours in the order.
+the price of an error; so a group's columns need not be neighbours in the order. `descent` goes on from there. With `grid="range"` it
+is GPTQ as published: grids that span their weights, one pass.
 
 x_t are the inputs that the quantized model computes, anew at every site. s_t is 1, but `SINK_WEIGHT` for the first token of a
 window: attention falls back on it from everywhere, so that its error reaches every other token, while it is one of hundreds in the
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from ..qtensor import QTensor, fit_group
 from . import rounding
+from .columns import COLUMNS, Columns
 from .common import Block, Spec, assemble, fit_grid, require_finite
+from .descent import improve
 from .grid import search_grid
 
 SINK_WEIGHT = 100.0
 DAMPING = 0.01  # of the mean diagonal of H is added to its diagonal
-COLUMNS = 128  # columns whose corrections are gathered before they go to the rest of the matrix as one product
 SAMPLES, SEQ_LEN = 16, 512
 
 
@@ -47,8 +49,9 @@ def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> di
 class Factor:
     """What a site's inputs say about rounding the columns of its weights."""
 
+    h: Tensor  # f32[k, k]: the damped H
     order: Tensor  # i64[k]: columns from the first to the last to be rounded
-    upper: Tensor  # f32[k, k]: Cholesky factor of the inverse of the damped H, upper triangle, in that order
+    upper: Tensor  # f32[k, k]: Cholesky factor of the inverse of h, upper triangle, in that order
 
     @property
     def price(self) -> Tensor:
@@ -85,16 +88,15 @@ def gram(parts: Iterable[Tensor], token_weight: Tensor) -> Tensor:
 def factorise(h: Tensor, order: Tensor | None = None) -> Factor:
     """The factor of f64 h[k, k]. Damping grows tenfold until a Cholesky decomposition exists; inputs that were always 0 round to nearest."""
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if order is None else order
-    h = h[order][:, order]
-    diagonal = h.diagonal()
-    dead = diagonal == 0
-    damping = DAMPING * float(diagonal.mean()) or 1.0
+    dead = h.diagonal() == 0
+    damping = DAMPING * float(h.diagonal().mean()) or 1.0
     while True:
-        lower, failed = torch.linalg.cholesky_ex(h + torch.diag(damping + dead.double()))
+        damped = h + torch.diag(damping + dead.double())
+        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
-            return Factor(order, upper.float())
+            return Factor(damped.float(), order, upper.float())
         damping *= 10
 
 
@@ -106,36 +108,13 @@ def grid(w: Tensor, spec: Spec, mask: Tensor | None, price: Tensor) -> tuple[Ten
     return fit_grid(w, spec.bits, group, spec.symmetric, mask)
 
 
-class Columns:
-    """Rounds a matrix of n rows a column at a time; columns are counted in `order` i64[k]. Transposed, they are contiguous."""
-
-    def __init__(self, scale: Tensor, zero: Tensor | None, spec: Spec, mask: Tensor | None, order: Tensor):
-        self.scale = scale.float().T.contiguous()
-        self.zero = torch.zeros_like(self.scale) if zero is None else zero.float().T.contiguous()
-        self.low, self.high = (0, 2**spec.bits - 1) if zero is not None else (-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1)
-        self.excess = 0 if zero is not None else 2 ** (spec.container - 1)  # of what is stored over the code
-        self.mask, self.order = None if mask is None else mask.T[order].contiguous(), order
-        self.groups = (order // (order.numel() // self.scale.shape[0])).tolist()
-        self.code = torch.empty(order.numel(), scale.shape[0])
-
-    def round(self, j: int, column: Tensor) -> Tensor:
-        """What is stored for the j-th column f32[n], as f32[n]; keeps its codes."""
-        s, z = self.scale[self.groups[j]], self.zero[self.groups[j]]
-        code = torch.round(column / s).add_(z).clamp_(self.low, self.high)
-        self.code[j] = code
-        q = code.sub_(z).mul_(s)
-        return q if self.mask is None else torch.where(self.mask[j], column.half().float(), q)
-
-    def codes(self) -> Tensor:
-        """u8[n, k], when all columns are rounded."""
-        return (self.code[torch.argsort(self.order)].T + self.excess).to(torch.uint8).contiguous()
-
-
 def round_matrix(w: Tensor, spec: Spec, mask: Tensor | None, statistics: Factor, bias: Tensor | None, name: str) -> QTensor:
     """Round f32 w[n, k] with its site's factor; where mask[n, k] is true, what w became by the corrections is stored in float16."""
     require_finite(w, name)
     scale, zero = grid(w, spec, mask, statistics.price)
     codes, values = compensate(w, scale, zero, spec, mask, statistics)
+    if spec.grid == "search":
+        scale, codes, values = improve(w, scale, zero, codes, values, spec, mask, statistics.h)
     return assemble(values, codes, scale, zero, spec, mask, bias, name)
 
 
