@@ -50,7 +50,7 @@ void dtype(Class& c, Dtype Struct::* member) {
   c.def_property("dtype", [member](const Struct& s) { return int(s.*member); }, [member](Struct& s, int v) { s.*member = Dtype(v); });
 }
 
-// The class of an op and the functions over its table.
+// The class of an op and the functions over its table. `device` is the GPU that is meant, −1 the current one.
 template <class Op>
 py::class_<Op> bind(py::module_& m, py::class_<Program>& program, const char* name) {
   program.def("add", [](Program& p, const Op& op, const std::string& kernel) { p.add(op, kernel); }, py::arg("op"), py::arg("kernel") = "");
@@ -58,15 +58,22 @@ py::class_<Op> bind(py::module_& m, py::class_<Program>& program, const char* na
   c.def(py::init<>()).def(py::init<const Op&>());
   c.def(
       "run",
-      [](Op op, uintptr_t stream, const std::string& kernel) {  // a copy: the caller may change its own meanwhile
+      [](Op op, uintptr_t stream, const std::string& kernel, int device) {  // a copy: the caller may change its own meanwhile
         py::gil_scoped_release release;
         std::lock_guard turn(running);
+        const OnGpu gpu(device);
         run(op, reinterpret_cast<void*>(stream), kernel);
       },
-      py::arg("stream") = 0, py::arg("kernel") = "");
+      py::arg("stream") = 0, py::arg("kernel") = "", py::arg("device") = -1);
   c.def(
-      "choose", [](const Op& op, const std::string& kernel) { return choose(op, kernel).name; }, py::arg("kernel") = "");
-  c.def_static("kernels", [] {
+      "choose",
+      [](const Op& op, const std::string& kernel, int device) {
+        const OnGpu gpu(device);
+        return choose(op, kernel).name;
+      },
+      py::arg("kernel") = "", py::arg("device") = -1);
+  c.def_static("kernels", [](int device) {
+    const OnGpu gpu(device);
     py::list rows;
     for (const auto& k : kernels<Op>()) {
       const char* why = missing(k.arch);
@@ -74,7 +81,7 @@ py::class_<Op> bind(py::module_& m, py::class_<Program>& program, const char* na
                            py::arg("layout") = int(k.layout), py::arg("missing") = why ? py::object(py::str(why)) : py::none()));
     }
     return rows;
-  });
+  }, py::arg("device") = -1);
   return c;
 }
 
@@ -108,7 +115,13 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
     pack_columns(q, Layout(layout), reinterpret_cast<uint16_t*>(value));
   });
   c.def("workspace_bytes", [](const QLinear& q) { return workspace_bytes(q); });
-  c.def("target_layout", [](const QLinear& q, const std::string& kernel) { return int(choose(q, kernel).layout); }, py::arg("kernel") = "");
+  c.def(
+      "target_layout",
+      [](const QLinear& q, const std::string& kernel, int device) {
+        const OnGpu gpu(device);
+        return int(choose(q, kernel).layout);
+      },
+      py::arg("kernel") = "", py::arg("device") = -1);
   c.def("packed_bytes", [](const QLinear& q, int layout) {
     const PackedBytes b = packed_bytes(q, Layout(layout));
     return py::make_tuple(b.weight, b.scale, b.zero);

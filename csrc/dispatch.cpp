@@ -59,6 +59,9 @@ bool amx_works() {
 const char* missing_gpu(Arch arch);  // cuda/device.cu
 #else
 static const char* missing_gpu(Arch) { return "built without CUDA"; }
+OnGpu::OnGpu(int) {}
+OnGpu::~OnGpu() {}
+void* gpu_workspace(void*, size_t) { return nullptr; }  // there is no kernel that asks
 #endif
 
 const char* missing(Arch arch) {

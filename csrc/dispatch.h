@@ -18,6 +18,22 @@ enum class Arch : int { any, avx2, avx512, amx, sm80, sm90a };
 // Null if this machine has what `arch` needs, else what is missing. For a GPU it is the calling thread's current one.
 const char* missing(Arch arch);
 
+// Makes GPU `device` the calling thread's current one while it lives. −1 changes nothing, and neither does a build without CUDA.
+// A thread's first GPU gets a context here; torch has made it before, since it has allocated the tensors.
+class OnGpu {
+ public:
+  explicit OnGpu(int device);
+  ~OnGpu();
+  OnGpu(const OnGpu&) = delete;
+
+ private:
+  int before_ = -1;
+};
+
+// Scratch memory of the current GPU for the kernels in `stream`, at least `bytes` long and zeroed at first: the same at each call, unless
+// it must grow or the stream is being captured into a graph, which gets its own. Calls must not overlap. Null for no bytes.
+void* gpu_workspace(void* stream, size_t bytes);
+
 // Ranks: 0 reference, 1 general, 2 specialised, 3 architecture-specific, 4 on matrix units.
 template <class Op>
 struct Kernel {
@@ -85,9 +101,22 @@ const Kernel<Op>& ready(const Op& op, const std::string& name) {
   return kernel;
 }
 
+// Starts a kernel; one for CUDA whose op brings no workspace works in the stream's.
+template <class Op>
+void start(const Kernel<Op>& kernel, const Op& op, void* stream) {
+  if constexpr (requires { op.workspace; }) {
+    if (kernel.device == Device::cuda && !op.workspace) {
+      Op with_workspace = op;
+      with_workspace.workspace = gpu_workspace(stream, workspace_bytes(op));
+      return kernel.run(with_workspace, stream);
+    }
+  }
+  kernel.run(op, stream);
+}
+
 template <class Op>
 void run(const Op& op, void* stream = nullptr, const std::string& name = {}) {
-  ready(op, name).run(op, stream);
+  start(ready(op, name), op, stream);
 }
 
 // Ops with their kernels chosen, to be run again and again over the same buffers: one call for a whole decode step.
@@ -95,7 +124,7 @@ class Program {
  public:
   template <class Op>
   void add(const Op& op, const std::string& name = {}) {
-    steps_.push_back([op, run = ready(op, name).run](void* stream) { run(op, stream); });
+    steps_.push_back([op, &kernel = ready(op, name)](void* stream) { start(kernel, op, stream); });
   }
 
   void run(void* stream) const {

@@ -92,7 +92,8 @@ struct QLinear {
   int64_t columns = 0;
   const int32_t* column_index = nullptr;   // [columns], ascending
   const uint16_t* column_value = nullptr;  // f16[n, columns]; f16[n/R][columns][R] beside tileR, n padded to R with 0
-  void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned; for CUDA zeroed before its first use, and one a stream
+  // workspace_bytes(op) bytes, 64-byte aligned. For CUDA zeroed before its first use, and one a stream; null: gpu_workspace() (dispatch.h).
+  void* workspace = nullptr;
 };
 
 // y[m,k] = rows token[m] of a table of `table.n` rows: its weights alone are read, in any layout.

@@ -33,11 +33,14 @@ def packed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialized tensor that lies beside the last one: small weights of one model share their pages."""
     global _chunk
     size = (math.prod(shape) * dtype.itemsize + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    if not size:
+        return torch.empty(shape, dtype=dtype)
     with _turn:
         if size > _chunk.numel():
             _chunk = empty(max(size, CHUNK), dtype=torch.uint8)
         taken, _chunk = _chunk[:size], _chunk[size:]
-    return taken[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    # By numpy the tensor's storage ends where it does: who saves or copies a tensor takes its whole storage.
+    return torch.from_numpy(taken[: math.prod(shape) * dtype.itemsize].numpy()).view(dtype).view(shape)
 
 
 def pack(t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The border to the native kernels: tensors are checked here, once, and go on as pointers.
 
 Every function takes `kernel=` to force a row of the dispatch table by name; without it the best one for this machine runs.
-With `program=` the op is recorded instead of run. CPU activations are float32.
+With `program=` the op is recorded instead of run. Activations are float32 on the CPU, float16 or bfloat16 on a GPU, in its current stream.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from torch import Tensor, float32, int32, int64, uint8
 
 from . import _C, memory
 
+CPU = torch.device("cpu")
+DTYPES = {float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of activations: ops.h, Dtype
+CANONICAL, MMA = 0, 1  # ops.h, Layout; the others are the number of rows in a tile
+# The fields of a QLinear that say what its tensors hold. With the tensors they are all that a forward needs.
+FORM = ("n", "k", "group", "bits", "act_bits", "layout", "columns", "scale_f32", "gated")
 KV_DTYPES = {16: torch.float16, 8: torch.int8, 4: torch.uint8}  # of the KV cache, by its bits; two codes of 4 bits share a byte
 
 
@@ -29,17 +34,25 @@ class Program:
         self._native.run()
 
 
+def gpu(device: torch.device) -> int:
+    """The number of a GPU as the native module takes it: −1 stands for none."""
+    return device.index if device.type == "cuda" else -1
+
+
 def go(op, kernel: str, program: Program | None, *owners: object) -> None:
-    """Run an op now, or record it together with the tensors that it points to, or what owns them."""
+    """Run a CPU op now, or record it together with the tensors that it points to, or what owns them."""
     if program is None:
         op.run(kernel=kernel)
     else:
         program.add(op, kernel, *owners)
 
 
-def kernels() -> dict[str, list[dict]]:
-    """The dispatch table: op → rows with name, device, rank, layout and what this machine is missing for them (None if nothing)."""
-    return {op.__name__: op.kernels() for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention)}
+def kernels(device: int = -1) -> dict[str, list[dict]]:
+    """The dispatch table: op → rows with name, device, rank, layout and what this machine is missing for them (None if nothing).
+
+    GPUs differ: `device` is the number of the one that CUDA rows are asked about, −1 the current one.
+    """
+    return {op.__name__: op.kernels(device) for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention)}
 
 
 def threads() -> int:
@@ -54,12 +67,12 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def check(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def check(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device = CPU) -> Tensor:
     """Refuse a tensor that a kernel would misread. Only the last dimension must be contiguous."""
     if t.dtype != dtype or tuple(t.shape) != shape:
         raise ValueError(f"{name} is {str(t.dtype)[6:]}{list(t.shape)}, expected {str(dtype)[6:]}{list(shape)}")
-    if t.device.type != "cpu":
-        raise ValueError(f"{name} is on {t.device}; these kernels run on the CPU")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, expected {device}")
     if t.shape[-1] > 1 and t.stride(-1) != 1:
         raise ValueError(f"{name} has stride {t.stride(-1)} in its last dimension, expected 1")
     return t
@@ -69,6 +82,53 @@ def _contiguous(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]
     if not check(t, name, dtype, shape).is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     return t
+
+
+def check_input(x: Tensor, k: int, device: torch.device) -> None:
+    """Refuse an x [..., k] that the linears on a device do not take."""
+    if x.shape[-1] != k:
+        raise ValueError(f"Linear: x has {x.shape[-1]} features, expected {k}")
+    if x.device != device or not x.is_floating_point() or (device.type == "cuda" and x.dtype not in (torch.float16, torch.bfloat16)):
+        expected = "float16 or bfloat16" if device.type == "cuda" else "floats"
+        raise ValueError(f"Linear: x is {str(x.dtype)[6:]} on {x.device}, expected {expected} on {'the CPU' if device.type == 'cpu' else device}")
+
+
+def _rows(x: Tensor, k: int) -> Tensor:
+    """x [..., k] as the rows that kernels read: f32[m, k] on the CPU; on a GPU in its own dtype, each row beginning at 16 bytes."""
+    rows = x.reshape(-1, k)
+    if x.device.type == "cpu":
+        rows = rows.float()
+    elif rows.stride(0) % 8 or rows.data_ptr() % 16 or rows.stride(1) != 1:
+        return rows.new_empty(rows.shape[0], (k + 7) // 8 * 8)[:, :k].copy_(rows)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def linear(
+    op: _C.QLinear, x: Tensor, owner: object, device: torch.device = CPU, residual: Tensor | None = None, out: Tensor | None = None,
+    kernel: str = "", program: Program | None = None,
+) -> Tensor:  # fmt: skip
+    """x [..., k] → [..., n], in x's dtype. `op` is a fresh copy, its weights on `device` and kept alive by `owner`.
+
+    `residual` [m, n] is added; `out` [m, n], which may be the residual, takes the result. Both are f32 on the CPU, of x's dtype on a GPU.
+    """
+    check_input(x, op.k, device)
+    rows = _rows(x, op.k)
+    m, n = rows.shape[0], op.n // 2 if op.gated else op.n
+    y = rows.new_empty(m, n) if out is None else check(out, "Linear: out", rows.dtype, (m, n), device)
+    if residual is not None and op.gated:
+        raise ValueError("Linear: a gated result takes no residual")
+    if residual is not None and (check(residual, "Linear: residual", rows.dtype, (m, n), device).stride(0) != y.stride(0)):
+        raise ValueError("Linear: residual and out must have the same row stride")
+    op.m, op.dtype, op.x, op.x_stride = m, DTYPES[rows.dtype], rows.data_ptr(), rows.stride(0)
+    op.y, op.y_stride = y.data_ptr(), y.stride(0)
+    op.residual = 0 if residual is None else residual.data_ptr()
+    if m and device.type == "cuda":
+        if program is not None:
+            raise ValueError("Linear: programs record CPU ops; capture a CUDA graph instead")
+        op.run(torch.cuda.current_stream(device).cuda_stream, kernel, device.index)
+    elif m:
+        go(op, kernel, program, owner, rows, y, residual, memory.workspace(op))
+    return y if out is not None else y.view(*x.shape[:-1], n).to(x.dtype)
 
 
 def embedding(table: _C.QLinear, token: Tensor, out: Tensor, owner: object, kernel: str = "", program: Program | None = None) -> Tensor:
@@ -226,19 +286,49 @@ def attention(
     return out
 
 
-def pack(op: _C.QLinear, layout: int) -> dict[str, Tensor | None]:
+def point(op: _C.QLinear, tensors: dict[str, Tensor]) -> None:
+    """Sets the op's pointers to tensors that go by its names for them."""
+    for name, t in tensors.items():
+        setattr(op, name, t.data_ptr())
+
+
+def pack(op: _C.QLinear, layout: int) -> dict[str, Tensor]:
     """The tensors of a canonical op packed for a layout, by the op's names for them; points the op at them and sets its layout."""
     weight, scale, zero = (memory.packed((size,), uint8) for size in op.packed_bytes(layout))
     op.pack(layout, weight.data_ptr(), scale.data_ptr(), zero.data_ptr())
-    tensors = {"weight": weight, "scale": scale, "zero": zero if op.zero else None}
-    if op.outlier_row:
+    tensors = {"weight": weight, "scale": scale} | ({"zero": zero} if op.zero else {})
+    if op.outlier_row and layout == MMA:
+        lists = [memory.packed((count,), int32) for count in op.outlier_counts()]
+        op.pack_outliers(*(t.data_ptr() for t in lists))
+        tensors |= dict(zip(("outlier_offset", "outlier_entry"), lists))
+    elif op.outlier_row:
         parts = [memory.packed((size,), uint8) for size in op.outlier_band_bytes(layout)]
         op.pack_outlier_bands(layout, *(t.data_ptr() for t in parts))
         tensors |= dict(zip(("outlier_band", "outlier_run", "outlier_vector"), parts))
     if op.columns:
         tensors["column_value"] = memory.packed((2 * op.column_count(layout),), uint8)
         op.pack_columns(layout, tensors["column_value"].data_ptr())
-    for name, t in tensors.items():
-        setattr(op, name, 0 if t is None else t.data_ptr())
+    point(op, tensors)
     op.layout = layout
     return tensors
+
+
+def unpack(op: _C.QLinear, tensors: dict[str, Tensor], outliers: int) -> dict[str, Tensor]:
+    """The inverse of `pack` for the tensors of an op in the CPU's memory; `outliers` says how many it has."""
+    op = _C.QLinear(op)
+    point(op, tensors)
+    groups = (op.n, op.k // op.group)
+    back = {"weight": torch.empty(op.n, op.k if op.bits == 8 else (op.k + 1) // 2, dtype=uint8)}
+    back["scale"] = torch.empty(groups, dtype=float32 if op.scale_f32 else torch.float16)
+    if op.zero:
+        back["zero"] = torch.empty(groups, dtype=uint8)
+    op.unpack(*(back[name].data_ptr() if name in back else 0 for name in ("weight", "scale", "zero")))
+    if op.outlier_offset:
+        back["outlier_row"] = torch.empty(op.n + 1, dtype=int32)
+        back["outlier_col"] = torch.empty(outliers, dtype=torch.uint16 if op.k <= 65536 else int32)
+        back["outlier_value"] = torch.empty(outliers, dtype=torch.float16)
+        op.unpack_outliers(*(back[name].data_ptr() for name in ("outlier_row", "outlier_col", "outlier_value")))
+    if op.columns:  # f16[n/R][columns][R] beside tiles of R outputs
+        value = tensors["column_value"].view(torch.float16).view(-1, op.columns, op.layout)
+        back["column_value"] = value.transpose(1, 2).reshape(-1, op.columns)[: op.n].clone()
+    return back

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import io
 import os
 import signal
 import sys
@@ -13,9 +16,10 @@ from torch import nn
 from weights import random_weight
 
 import pyengine
-from pyengine import ops
+from pyengine import _C, ops
 from pyengine.layers import Dense, Embedding, SideBySide, linear
 from pyengine.linear import Linear, replace_linears, stack
+from pyengine.qtensor import QTensor
 from pyengine.quant.common import Spec, quantize_matrix
 
 
@@ -56,7 +60,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
 
 def test_only_floats_on_the_cpu_are_taken():
     layer = Linear(random_weight(16, 64, 32))
-    for x in (torch.ones(3, 64, dtype=torch.int64), torch.empty(3, 64, device="meta")):
+    for x in (torch.ones(3, 64, dtype=torch.int64), torch.empty(3, 64, device="meta")):  # a layer on the CPU
         with pytest.raises(ValueError, match="expected floats on the CPU"):
             layer(x)
 
@@ -65,6 +69,92 @@ def test_casting_the_module_leaves_the_weights_alone():
     layer, x = Linear(random_weight(16, 64, 32, mask="sparse", bias=True)), torch.randn(3, 64)
     expected = layer(x)
     nn.Sequential(layer).to(torch.bfloat16).half()
+    assert torch.equal(layer(x), expected)
+
+
+def weights() -> list[QTensor]:
+    """One of each form."""
+    return [
+        random_weight(40, 96, 32, 4, True, "sparse", bias=True),
+        random_weight(33, 37, 37, 8, mask="full_row", scale_f32=True),
+        random_weight(17, 96, 32, columns=3),
+        random_weight(20, 101, 101),
+    ]
+
+
+def same(a: QTensor, b: QTensor) -> bool:
+    return a.tensors().keys() == b.tensors().keys() and all(torch.equal(t, b.tensors()[key]) for key, t in a.tensors().items())
+
+
+@pytest.mark.parametrize("kernel", [row["name"] for row in _C.QLinear.kernels() if row["missing"] is None])
+def test_a_layer_gives_back_the_weights_it_was_made_of(kernel):
+    for w in weights():
+        assert same(Linear(w, kernel=kernel).quantized(), w)
+
+
+def test_a_state_dict_goes_through_a_file_into_a_layer_of_another_form(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for w in weights():
+        model, x = nn.Sequential(Linear(w)), torch.randn(3, w.k)
+        state = model.state_dict()
+        assert state.keys() == {f"0.{key}" for key in w.tensors()}
+        save_file(state, tmp_path / "state.safetensors")
+        other = nn.Sequential(Linear(random_weight(w.n, w.k, w.k)))
+        other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+        assert torch.equal(other(x), model(x)) and repr(other) == repr(model)
+
+
+def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was():
+    layer, x = Linear(random_weight(16, 64, 32, mask="sparse")), torch.randn(3, 64)
+    expected, state = layer(x), layer.state_dict()
+    for change, why in (
+        ({"weight": None}, "Missing key.* \"weight\""),
+        ({"weight": state["weight"].float()}, "Linear.weight: dtype float32, expected uint8"),
+        ({"scale": state["scale"] * torch.inf}, "Linear.scale: 32 values are NaN or infinite"),
+        ({"outlier_col": None}, "outlier_row, outlier_col and outlier_value must exist together"),
+        ({"gamma": torch.ones(1)}, "Unexpected key.* \"gamma\""),
+        (Linear(random_weight(17, 64, 32)).state_dict(), r"shape \[17, 32\], expected \[16, 32\]"),
+    ):
+        changed = {key: t for key, t in (state | change).items() if t is not None}
+        with pytest.raises(RuntimeError, match=why):
+            layer.load_state_dict(changed)
+        assert torch.equal(layer(x), expected)
+
+
+def test_copies_are_independent_and_small():
+    layer, x = Linear(random_weight(16, 64, 32, mask="sparse"), gated=True), torch.randn(3, 64)
+    layer.register_buffer("note", torch.ones(1))
+    expected = layer(x)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    assert len(file.getvalue()) < 20_000
+    file.seek(0)
+    for other in (copy.copy(layer), copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), expected) and torch.equal(other.note, layer.note)
+        other.load_state_dict(Linear(random_weight(16, 64, 64)).state_dict() | {"note": torch.ones(1)})
+        assert torch.equal(layer(x), expected) and not torch.equal(other(x), expected)
+
+
+def test_a_layer_without_values_takes_those_of_a_state_dict():
+    layer, x = Linear(random_weight(16, 64, 32, mask="sparse", bias=True)), torch.randn(3, 64)
+    expected, state = layer(x), layer.state_dict()
+    layer.to("meta")
+    assert layer.device.type == "meta" and all(t.is_meta for t in layer.state_dict().values())
+    with pytest.raises(NotImplementedError, match="no data"):
+        layer.cpu()
+    with pytest.raises(ValueError, match="on meta and has no weights"):
+        Linear.from_float(nn.Linear(64, 8, device="meta"))
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), expected)
+
+
+def test_what_the_native_op_reads_outlives_a_buffer_that_somebody_replaces():
+    layer, x = Linear(random_weight(16, 64, 32)), torch.randn(3, 64)
+    expected = layer(x)
+    for name, t in list(layer.named_buffers()):
+        setattr(layer, name, torch.zeros_like(t))
+    gc.collect()
     assert torch.equal(layer(x), expected)
 
 

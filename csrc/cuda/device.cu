@@ -1,5 +1,8 @@
-// What the current GPU is, and why the kernels for an architecture cannot run on it.
+// What the current GPU is, why the kernels for an architecture cannot run on it, and the workspaces of its streams.
+#include <algorithm>
 #include <atomic>
+#include <map>
+#include <tuple>
 
 #include "cuda/launch.cuh"
 #include "dispatch.h"
@@ -35,6 +38,60 @@ const char* missing_gpu(Arch arch) {
   if (capability == 90) return nullptr;  // the module holds sm_90a code of every kernel
   if (arch == Arch::sm90a) return "this GPU is not of compute capability 9.0 (Hopper)";
   return capability / 10 == 8 ? nullptr : "this GPU is neither of compute capability 8.x nor 9.0, which the kernels are built for";
+}
+
+OnGpu::OnGpu(int device) {
+  int current = device;
+  if (device < 0) return;
+  if (cudaGetDevice(&current) != cudaSuccess) cudaGetLastError();  // no driver: choose() says so
+  if (current == device) return;
+  PE_CUDA(cudaSetDevice(device));
+  before_ = current;
+}
+
+OnGpu::~OnGpu() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+// Zeroed memory, there before anything that the caller starts next. It is CUDA's own and not torch's: what torch allocates while it
+// records or warms up a graph belongs to the graph's pool, and is used for other things between its replays. In a stream of its own, and
+// in relaxed mode, since a stream that is being captured neither allows this nor does it.
+static void* zeroed(size_t bytes) {
+  struct Relaxed {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    Relaxed() { PE_CUDA(cudaThreadExchangeStreamCaptureMode(&mode)); }
+    ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  } relaxed;
+  void* memory = nullptr;
+  cudaStream_t stream;
+  PE_CUDA(cudaMalloc(&memory, bytes));
+  PE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  PE_CUDA(cudaMemsetAsync(memory, 0, bytes, stream));
+  PE_CUDA(cudaStreamSynchronize(stream));
+  PE_CUDA(cudaStreamDestroy(stream));
+  return memory;
+}
+
+void* gpu_workspace(void* stream, size_t bytes) {
+  if (!bytes) return nullptr;
+  struct Workspace {
+    void* memory = nullptr;
+    size_t bytes = 0;
+  };
+  static std::map<std::tuple<int, void*, unsigned long long>, Workspace> workspaces;  // by GPU, stream and capture, 0 if there is none
+  int device = 0;
+  unsigned long long capture = 0;
+  cudaStreamCaptureStatus status;
+  PE_CUDA(cudaGetDevice(&device));
+  PE_CUDA(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &capture));
+  if (status != cudaStreamCaptureStatusActive) capture = 0;
+  Workspace& have = workspaces[{device, stream, capture}];
+  if (have.bytes < bytes) {
+    // What it replaces is never freed: kernels on their way and captured graphs may still use it. Doubling keeps that below what is used.
+    const size_t wanted = std::max({bytes, 2 * have.bytes, size_t(1) << 20});
+    have = {zeroed(wanted), wanted};
+  }
+  return have.memory;
 }
 
 }  // namespace pe

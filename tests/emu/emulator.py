@@ -79,6 +79,7 @@ def load_library(path: Path) -> ctypes.CDLL:
         ("protect", None, (u64, u64, number)),
         ("stream", u64, ()),
         ("synchronize", None, (u64,)),
+        ("capture", None, (u64, u64)),
         ("reports", text, ()),
         ("mma_count", u64, ()),
         ("reset", None, ()),

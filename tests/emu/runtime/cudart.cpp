@@ -30,6 +30,7 @@ struct Configuration {
 };
 thread_local Configuration pushed;
 thread_local cudaError_t last_error = cudaSuccess;
+std::map<cudaStream_t, unsigned long long> captures;  // streams that are being captured
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
@@ -199,6 +200,30 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
   *blocks = 1;
   return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = reinterpret_cast<void*>(allocate(bytes, "cudaMalloc", 256, true));
+  return *memory ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+}
+int emu_upload(u64 address, const void* from, u64 bytes);  // control.cpp
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  if (captures.count(stream)) return fail(cudaErrorStreamCaptureUnsupported);  // it would happen at each replay, and not now
+  const std::string values(bytes, char(value));
+  return emu_upload(reinterpret_cast<u64>(memory), values.data(), bytes) ? cudaSuccess : fail(cudaErrorInvalidValue);
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t*,
+                                     const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
+  const auto capture = captures.find(stream);
+  *status = capture == captures.end() ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+  if (capture != captures.end()) *id = capture->second;
+  return cudaSuccess;
+}
+// From now on the stream says that it is being captured, as number `id`; 0: that it is not. Kernels run at once all the same.
+__attribute__((visibility("default"))) void emu_capture(u64 stream, u64 id) {
+  captures.erase(reinterpret_cast<cudaStream_t>(stream));
+  if (id) captures[reinterpret_cast<cudaStream_t>(stream)] = id;
 }
 
 static CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* dims,

@@ -298,7 +298,7 @@ inline void back_edge(Lane& lane, u32 site) {
 
 // ---- memory ----------------------------------------------------------------------------------------------------------------------
 Memory& global_memory();
-u64 allocate(u64 bytes, const char* name, u64 align = 256);
+u64 allocate(u64 bytes, const char* name, u64 align = 256, bool permanent = false);  // permanent: a reset leaves it
 void protect(u64 address, u64 bytes, bool read_only);
 bool host_access(u64 address, u64 bytes, bool write, const std::vector<u32>& known);
 void reset_memory();

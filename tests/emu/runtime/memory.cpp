@@ -321,7 +321,7 @@ u64 place(u64 bytes, const char* name, u64 align, bool permanent) {
 
 }  // namespace
 
-u64 allocate(u64 bytes, const char* name, u64 align) { return place(bytes, name, align, false); }
+u64 allocate(u64 bytes, const char* name, u64 align, bool permanent) { return place(bytes, name, align, permanent); }
 
 u64 add_global(const char* name, u64 bytes, u64 align, const u8* init, u64 init_bytes) {
   const u64 address = place(bytes, name, std::max<u64>(align, 16), true);
