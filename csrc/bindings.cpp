@@ -206,6 +206,12 @@ PYBIND11_MODULE(_C, m) {
   bind_transform(m, program);
   bind_attention(m, program);
   m.def("advise_large_pages", [](uintptr_t p, size_t bytes) { advise_large_pages(reinterpret_cast<void*>(p), bytes); });
+  m.def("gpu_workspace", [](uintptr_t stream, size_t bytes, int device) {
+    py::gil_scoped_release release;
+    std::lock_guard turn(running);
+    const OnGpu gpu(device);
+    return reinterpret_cast<uintptr_t>(gpu_workspace(reinterpret_cast<void*>(stream), bytes));
+  }, py::arg("stream"), py::arg("bytes"), py::arg("device") = -1);
   m.def("threads", &threads);
   m.def("set_threads", &set_threads);
 }

@@ -107,7 +107,7 @@ class Linear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """What `.to()` and its kin do to every tensor: only a change of device concerns the weights."""
-        device = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
+        device = fn(self._tensors["weight"].new_empty(0)).device
         packed = {name: self._buffers.pop(name) for name in [f"packed_{name}" for name in self.names]}
         super()._apply(fn, recurse)
         self._buffers |= packed

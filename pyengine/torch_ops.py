@@ -44,15 +44,19 @@ def traced(x: Tensor) -> bool:
     )
 
 
+def arguments(layer: Linear) -> tuple[list[Tensor], Sequence[str], Sequence[int], str]:
+    """What the op takes beside x."""
+    return [getattr(layer, f"packed_{name}") for name in layer.names], layer.names, layer.form, layer.kernel
+
+
 def linear(layer: Linear, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
     """Forward of a layer by the op."""
-    weights = [getattr(layer, f"packed_{name}") for name in layer.names]
     if out is None:
-        y = torch.ops.pyengine.linear(x, weights, layer.names, layer.form, layer.kernel)
+        y = torch.ops.pyengine.linear(x, *arguments(layer))
         return y if residual is None else y + residual
     if residual is not None or x.requires_grad:
         raise ValueError("Linear: with `out` torch can neither trace a residual nor differentiate")
-    torch.ops.pyengine.linear.out(x, weights, layer.names, layer.form, layer.kernel, out=out)
+    torch.ops.pyengine.linear.out(x, *arguments(layer), out=out)
     return out
 
 

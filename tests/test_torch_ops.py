@@ -14,13 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from weights import random_weight
 
 from pyengine.linear import Linear
+from pyengine.torch_ops import arguments
 
 BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
 OP = torch.ops.pyengine.linear
-
-
-def arguments(layer: Linear) -> tuple:
-    return [getattr(layer, f"packed_{name}") for name in layer.names], layer.names, layer.form, layer.kernel
 
 
 def layers() -> list[Linear]:
