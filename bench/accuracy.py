@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ ROWS = {
     "RTN": {"method": "rtn"},
     "RTN, asymmetric": {"method": "rtn", "symmetric": False},
     "RTN, groups of 32": {"method": "rtn", "group_size": 32},
+    "GPTQ as published": {"method": "gptq", "grid": "range"},
     "GPTQ": {"method": "gptq"},
     "GPTQ, asymmetric": {"method": "gptq", "symmetric": False},
     "RSQ": {"method": "rsq"},
@@ -86,25 +88,35 @@ class RowError(Exception):
     """Why a row has no numbers, in one line."""
 
 
+class Recorded:
+    """What a model says to some windows, kept: running it again beside every row would take longer than the row."""
+
+    def __init__(self, engine: Engine, windows: list[list[int]]):
+        self.chunks = {tuple(ids): list(engine.logit_chunks(ids)) for ids in windows}
+
+    def logit_chunks(self, ids: list[int]) -> Iterator[Tensor]:
+        return iter(self.chunks[tuple(ids)])
+
+
 @dataclass
 class Float:
-    """The model that all rows are made from: what it scores, and itself for the windows where probabilities are compared."""
+    """The model that all rows are made from: its losses on all windows, and what it says to the first `near` of them."""
 
-    engine: Engine
     windows: list[list[int]]
+    near: int
+    recorded: Recorded
     scores: Scores
-    kl_windows: int
 
     @classmethod
-    def of(cls, source: Path, text: str, windows: int, context: int, kl_windows: int) -> Float:
+    def of(cls, source: Path, text: str, windows: int, context: int, near: int) -> Float:
         engine = load(source)
         parts = text_windows(engine, text, context, limit_tokens=context * windows)
-        return cls(engine, parts, score(engine, parts, progress=True), min(kl_windows, len(parts)))
+        return cls(parts, near, Recorded(engine, parts[:near]), score(engine, parts, progress=True))
 
     def against(self, engine: Engine) -> dict:
-        """`evaluate.summary` of a model; the float model runs beside it on the first windows only, because it is slow."""
-        near = score(engine, self.windows[: self.kl_windows], self.engine, progress=True)
-        rest = self.windows[self.kl_windows :]
+        """`evaluate.summary` of a model; probabilities are compared on the first windows only, because they take memory."""
+        near = score(engine, self.windows[: self.near], self.recorded, progress=True)
+        rest = self.windows[self.near :]
         far = score(engine, rest, progress=True) if rest else Scores(torch.empty(0), 0.0)
         found = Scores(torch.cat([near.loss, far.loss]), near.seconds + far.seconds)
         kept = ("kl", "kl_standard_error", "top1")
@@ -190,6 +202,8 @@ def draw(results: dict, file: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not 1 <= args.kl_windows <= args.windows:
+        raise ValueError(f"kl_windows is {args.kl_windows}, expected 1 to {args.windows}, the number of windows")
     source = Path(args.model) if args.model else demo.source()
     text = read_text(args.text)
     digest = {key: hashlib.sha256(read_text(getattr(args, key)).encode()).hexdigest()[:16] for key in ("text", "calib")}
