@@ -311,3 +311,20 @@ def test_same_seed_same_bytes_also_after_a_crash(stories, tmp_path, monkeypatch)
     monkeypatch.undo()
     quantize(stories, tmp_path / "c", seed=1)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() != (tmp_path / "c" / "model.safetensors").read_bytes()
+
+
+def test_rotations_without_training(stories, tmp_path):
+    quantize(stories, tmp_path / "rtn", method="rtn", samples=None, seq_len=None, steps=None, calib=None)
+    quantize(stories, tmp_path / "quarot", method="quarot", samples=None, seq_len=None, steps=None, calib=None)
+    stored = load_file(tmp_path / "quarot" / "model.safetensors")
+    left = stored["model.layers.1.attn_in.left"].float()
+    assert torch.allclose(left @ left.T, torch.eye(8), atol=2e-3) and left.abs().allclose(torch.full((8, 8), 8**-0.5), atol=1e-3)
+    assert torch.equal(stored["model.layers.1.input_layernorm.weight"], load_file(stories / "model.safetensors")["model.layers.1.input_layernorm.weight"])
+    windows = torch.randint(0, 512, (4, 128), generator=torch.Generator().manual_seed(0))
+    exact, rounded, rotated = (Simulation(open_checkpoint(m)).losses(windows) for m in (stories, tmp_path / "rtn", tmp_path / "quarot"))
+    assert distance(rotated, exact) < 0.8 * distance(rounded, exact)
+
+
+def test_no_steps_is_the_start(stories, tmp_path):
+    done = quantize(stories, tmp_path / "out", steps=0)["statistics"]
+    assert done["relative_error_before"] == done["relative_error_after"]

@@ -63,7 +63,7 @@ class Spec:
         _one_of("head_bits", self.head_bits, (8, 16))
         if isinstance(self.outliers, bool) or not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= 0.5:
             raise ValueError(f"outliers is {self.outliers!r}, expected a share of the weights between 0 and 0.5 (0.01 is 1 %)")
-        for name, low, high in (("samples", 1, 1 << 20), ("seq_len", 2, 1 << 20), ("steps", 1, 1 << 20), ("seed", 0, (1 << 63) - 1)):
+        for name, low, high in (("samples", 1, 1 << 20), ("seq_len", 2, 1 << 20), ("steps", 0, 1 << 20), ("seed", 0, (1 << 63) - 1)):
             value = getattr(self, name)
             if value is None and name != "seed":
                 continue

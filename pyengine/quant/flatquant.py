@@ -35,15 +35,15 @@ STEPS = 48
 NORM_BEFORE = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 SCALED = ("attn_in", "mlp_in", "down_in")  # sites with a scale for each channel
 V, O, UP = "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"
-OPEN = 4.0  # logit of a clip ratio at the start: 0.98
+START_LOGIT = {True: 1.75, False: 4.0}  # of a clip ratio at the start, by whether it is 4 bits or fewer: 0.85, and the paper's 0.98
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is learned and how. `batch` windows a step; `scale` and `clip` are the paper's PS and LCT."""
 
-    rate: float = 5e-3
-    clip_rate: float = 5e-2
+    rate: float = 2e-2
+    clip_rate: float = 0.2
     batch: int = 4
     scale: bool = True
     clip: bool = True
@@ -57,10 +57,15 @@ RECIPE = Recipe()
 
 def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults."""
-    if not spec.symmetric:
-        raise ValueError("flatquant rounds weights symmetrically; asymmetric weights are not supported")
+    require_symmetric(spec)
     spec = replace(spec, outliers=0.0, score=None, scope=None, grid="range", samples=spec.samples or 32, seq_len=spec.seq_len or 256)
     return rounding.complete(spec, "rtn", spec.samples, spec.seq_len)
+
+
+def require_symmetric(spec: Spec) -> None:
+    """ValueError if the grid asked for is not the one whose clip ratios are learned."""
+    if not spec.symmetric:
+        raise ValueError(f"{spec.method} rounds weights symmetrically; asymmetric weights are not supported")
 
 
 class FlatBlock(nn.Module):
@@ -79,11 +84,10 @@ class FlatBlock(nn.Module):
             shapes["self_attn.key"] = self.head_dim
         self.matrices = nn.ModuleDict({_key(name): make(recipe.start(n, random)) for name, n in shapes.items()})
         self.scales = nn.ParameterDict({site: nn.Parameter(self._smooth(site, largest[site])) for site in SCALED if recipe.scale})
-        learned, open_ = recipe.clip, (OPEN, OPEN)
-        quantized = (*block.sites,) if spec.act_bits < 16 else ()
-        cached = ("key", "value") if spec.kv_bits == 4 else ()
-        self.ratios = nn.ParameterDict({name: nn.Parameter(torch.tensor(open_)) for name in (*quantized, *cached) if learned})
-        self.row_ratios = nn.ParameterDict({_key(name): nn.Parameter(self._row_logits(name)) for name in block.linears if learned})
+        clipped = dict.fromkeys(block.sites, spec.act_bits) | dict.fromkeys(("key", "value"), spec.kv_bits)
+        clipped = {name: bits for name, bits in clipped.items() if recipe.clip and (bits == 4 or bits == 8 and name in block.sites)}
+        self.ratios = nn.ParameterDict({name: nn.Parameter(torch.full((2,), START_LOGIT[bits <= 4])) for name, bits in clipped.items()})
+        self.row_ratios = nn.ParameterDict({_key(name): nn.Parameter(self._row_logits(name)) for name in block.linears if recipe.clip})
 
     def _smooth(self, site: str, largest: Tensor) -> Tensor:
         """log c f32[k]: c = wmax^(1−α) / xmax^α, which makes both x·c and W/c flatter."""
@@ -92,7 +96,7 @@ class FlatBlock(nn.Module):
 
     def _row_logits(self, name: str) -> Tensor:
         n, k = self.block.weights[f"{name}.weight"].shape
-        return torch.full((n, k // fit_group(self.spec.group_size, k), 2), OPEN)
+        return torch.full((n, k // fit_group(self.spec.group_size, k), 2), START_LOGIT[self.spec.bits <= 4])
 
     def bases(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(P, P⁻ᵀ) f32 by name: `<site>.left`, `<site>.right`, `self_attn.value`, `self_attn.key`."""
@@ -182,13 +186,11 @@ def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> di
     recipe, x = RECIPE, inputs()
     random = torch.Generator().manual_seed(spec.seed + block.index)
     targets, largest = observe(block, x)
-    flat = FlatBlock(block, spec, recipe, largest, random)
-    few = slice(0, recipe.batch)
-    before = relative_error(flat, x[few], targets[few])
-    clips = [*flat.ratios.parameters(), *flat.row_ratios.parameters()]
-    bases = [*flat.matrices.parameters(), *flat.scales.parameters()]
+    flat, few = FlatBlock(block, spec, recipe, largest, random), slice(0, recipe.batch)
+    note = {"before": relative_error(flat, x[few], targets[few])}
+    bases, clips = [*flat.matrices.parameters(), *flat.scales.parameters()], [*flat.ratios.parameters(), *flat.row_ratios.parameters()]
     train([(bases, recipe.rate), (clips, recipe.clip_rate)], flat, x, targets, spec.steps, recipe.batch, random)
-    note = {"before": before, "after": relative_error(flat, x[few], targets[few])}
+    note["after"] = relative_error(flat, x[few], targets[few])
     write_file(block.folder / f"error-{block.index:05d}.json", (json.dumps(note).encode(),))
     return stored(flat, inputs)
 
