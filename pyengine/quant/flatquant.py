@@ -31,7 +31,7 @@ from .training import relative_error, train
 from .transforms import PARAMETRISATIONS, balanced_pair, flat_rotation, kron
 
 GROUP_SIZE = 0  # a scale a row: what integer kernels for activations want
-STEPS = 48
+STEPS = 32
 NORM_BEFORE = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 SCALED = ("attn_in", "mlp_in", "down_in")  # sites with a scale for each channel
 V, O, UP = "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"
@@ -58,7 +58,7 @@ RECIPE = Recipe()
 def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults."""
     require_symmetric(spec)
-    spec = replace(spec, outliers=0.0, score=None, scope=None, grid="range", samples=spec.samples or 32, seq_len=spec.seq_len or 256)
+    spec = replace(spec, outliers=0.0, score=None, scope=None, grid="range", samples=spec.samples or 32, seq_len=spec.seq_len or 128)
     return rounding.complete(spec, "rtn", spec.samples, spec.seq_len)
 
 
