@@ -42,7 +42,7 @@ START_LOGIT = {True: 1.75, False: 4.0}  # of a clip ratio at the start, by wheth
 class Recipe:
     """What is learned and how. `batch` windows a step; `scale` and `clip` are the paper's PS and LCT."""
 
-    rate: float = 2e-2
+    rate: float = 1e-2
     clip_rate: float = 0.2
     batch: int = 4
     scale: bool = True
