@@ -3,24 +3,22 @@
 import dataclasses
 import importlib
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pyengine.errors import CheckpointError
 from pyengine.formats import open_checkpoint
 from pyengine.models import llama
 from pyengine.quant import fakequant, flatquant, training
-from pyengine.quant.calibration import Batches, FloatModel
 from pyengine.quant.common import Block, Spec
 from pyengine.quant.simulate import Simulation
 from pyengine.quant.transforms import CayleyMatrix, DirectMatrix, balanced_pair, flat_rotation, hadamard, kron, random_orthogonal
+from pyengine.tokenizer import load_tokenizer
 
 driver = importlib.import_module("pyengine.quantizer")
-SPEC = Spec("flatquant", rounding="rtn", act_bits=4, kv_bits=4, group_size=0, steps=12)
+SPEC = Spec("flatquant", rounding="rtn", grid="range", act_bits=4, kv_bits=4, group_size=0, steps=12)
 
 
 def quiet(items, label):
@@ -203,8 +201,8 @@ def test_training_lowers_the_error(model, changes):
     flat, targets = flat_block(model, start=lambda n, random: torch.eye(n), **changes)
     before = training.relative_error(flat, model[1], targets)
     groups = [([*flat.matrices.parameters(), *flat.scales.parameters()], 5e-3), ([*flat.ratios.parameters(), *flat.row_ratios.parameters()], 5e-2)]
-    errors = training.train(groups, flat, model[1], targets, 40, 4, torch.Generator().manual_seed(0))
-    assert training.relative_error(flat, model[1], targets) < 0.96 * before and len(errors) == 40
+    errors = training.train(groups, flat, model[1], targets, 25, 4, torch.Generator().manual_seed(0))
+    assert training.relative_error(flat, model[1], targets) < 0.97 * before and len(errors) == 25
 
 
 def test_what_is_stored_computes_what_was_trained(model):
@@ -247,9 +245,18 @@ def test_a_width_without_factors_names_the_problem(model):
 # ---- driver
 
 
+TALE = "Once upon a time there was a little girl who liked to play outside. One day she saw a big red ball. "
+
+
+def tale_losses(*models):
+    """−log p of the tokens of the tale, by each model in plain torch."""
+    windows = torch.tensor([load_tokenizer(open_checkpoint(models[0])).encode(TALE)])
+    return [Simulation(open_checkpoint(m)).losses(windows) for m in models]
+
+
 def quantize(stories, out, **options):
     text = out.parent / "text.txt"
-    text.write_text("Once upon a time there was a little girl who liked to play outside. One day she saw a big red ball. " * 40)
+    text.write_text(TALE * 40)
     options = {"act_bits": 4, "kv_bits": 4, "samples": 8, "seq_len": 32, "steps": 3, "progress": quiet, "calib": text} | options
     return driver.quantize(stories, out, options.pop("method", "flatquant"), **options)
 
@@ -268,10 +275,8 @@ def test_checkpoint_of_a_real_model(stories, tmp_path):
         t = stored[f"model.layers.3.{name}"]
         assert t.dtype == torch.float32 and t.shape == (2,) and bool(((t > 0.5) & (t < 1)).all()), name
     assert "model.layers.3.o_in.right" not in stored and stored["model.layers.3.mlp.up_proj.scale"].shape == (172, 1)
-    source, result = open_checkpoint(stories), open_checkpoint(tmp_path / "out")
-    windows = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
-    float_loss, loss = (Simulation(c).losses(windows).mean() for c in (source, result))
-    assert abs(float(loss - float_loss)) < 0.5
+    exact, rounded = tale_losses(stories, tmp_path / "out")
+    assert abs(float(rounded.mean() - exact.mean())) < 0.3
 
 
 def test_options_decide_what_is_stored(stories, tmp_path):
@@ -280,10 +285,9 @@ def test_options_decide_what_is_stored(stories, tmp_path):
     assert "attn_in.left" in names and not any(n.endswith(("clip", "_transform")) for n in names)
     quantize(stories, tmp_path / "grouped", act_bits=16, kv_bits=16, group_size=32, steps=1)
     assert load_file(tmp_path / "grouped" / "model.safetensors")["model.layers.0.mlp.up_proj.scale"].shape == (172, 2)
-    quantize(stories, tmp_path / "gptq", rounding="gptq", steps=1)
-    windows = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
-    float_loss, loss = (Simulation(open_checkpoint(c)).losses(windows).mean() for c in (stories, tmp_path / "gptq"))
-    assert abs(float(loss - float_loss)) < 0.5
+    quantize(stories, tmp_path / "gptq", rounding="gptq", act_bits=8, steps=6)
+    exact, rounded = tale_losses(stories, tmp_path / "gptq")
+    assert abs(float(rounded.mean() - exact.mean())) < 0.5
     with pytest.raises(ValueError, match="rounds weights symmetrically"):
         quantize(stories, tmp_path / "no", symmetric=False)
 
@@ -320,8 +324,7 @@ def test_rotations_without_training(stories, tmp_path):
     left = stored["model.layers.1.attn_in.left"].float()
     assert torch.allclose(left @ left.T, torch.eye(8), atol=2e-3) and left.abs().allclose(torch.full((8, 8), 8**-0.5), atol=1e-3)
     assert torch.equal(stored["model.layers.1.input_layernorm.weight"], load_file(stories / "model.safetensors")["model.layers.1.input_layernorm.weight"])
-    windows = torch.randint(0, 512, (4, 128), generator=torch.Generator().manual_seed(0))
-    exact, rounded, rotated = (Simulation(open_checkpoint(m)).losses(windows) for m in (stories, tmp_path / "rtn", tmp_path / "quarot"))
+    exact, rounded, rotated = tale_losses(stories, tmp_path / "rtn", tmp_path / "quarot")
     assert distance(rotated, exact) < 0.8 * distance(rounded, exact)
 
 

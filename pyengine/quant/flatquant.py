@@ -214,11 +214,15 @@ def stored(flat: FlatBlock, inputs: Callable[[], Tensor]) -> dict[str, QTensor |
     for name in NORM_BEFORE.values():
         out[f"{name}.weight"] = weights[f"{name}.weight"]
         require_finite(weights[f"{name}.weight"], f"{block.prefix}{name}")
-    edit = flat.edit({name: (p.float(), inverse.float()) for name, (p, inverse) in bases.items()}, True)
+    own = flat.edit({name: (p.float(), inverse.float()) for name, (p, inverse) in bases.items()}, True)
 
-    def forward(weights: dict[str, Tensor], x: Tensor, hook: Callable | None = None) -> Tensor:
+    def forward(weights: dict[str, Tensor], x: Tensor, hook: Callable | None = None, edit: Callable | None = None) -> Tensor:
+        """The merged block: `hook` sees what the weights multiply, `edit` queries and keys in the old basis, as they come from RoPE."""
+
         def change(what: str, v: Tensor) -> Tensor:
-            v = edit(what, v)
+            if edit and what not in block.sites:
+                v = edit(what, v)
+            v = own(what, v)
             if hook and what in block.sites:
                 hook(what, v)
             return v

@@ -25,7 +25,7 @@ GROUP_SIZE = 0
 def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults."""
     require_symmetric(spec)
-    return rounding.complete(replace(spec, outliers=0.0, score=None, scope=None))
+    return rounding.complete(replace(spec, outliers=0.0, score=None, scope=None, grid="range"))
 
 
 def quantize_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec) -> dict[str, QTensor | Tensor]:
