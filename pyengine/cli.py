@@ -92,7 +92,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--outliers", type=float, default=0.01, help="share of weights kept in FP16 (default 0.01)")
     p.add_argument("--score", help="how outliers are ranked (default: the method's own)")
     p.add_argument("--scope", help="where they are looked for: tensor, global, row, structured or columns (default: the method's own)")
-    p.add_argument("--rounding", help="how the other weights are rounded: rtn, gptq, ... (default: the method's own)")
+    p.add_argument("--rounding", help="how weights that are not kept are rounded: rtn, gptq, rsq, boa, gpfq (default: the method's own)")
     p.add_argument("--grid", help="range: scales span a group's weights; search: the cheapest that may clip (default: the method's own)")
     p.add_argument("--head-bits", type=int, default=8, help="bits of the output matrix: 8 or 16 (default 8)")
     p.add_argument("--calib", metavar="FILE", help="UTF-8 calibration text (default: text that the model writes itself)")
