@@ -73,15 +73,16 @@ def collect(block: Block, weights: dict[str, Tensor], site: str, inputs: Callabl
 
 
 def unturned(h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """f64[heads, d, d]: the mean over positions of R_m^T h R_m; cos, sin f32[t, d/2]."""
-    cos, sin = cos.double().unsqueeze(1), sin.double().unsqueeze(1)
+    """f64[heads, d, d]: the mean over positions of R_m^T h R_m, for symmetric h f64[heads, d, d] and cos, sin f32[t, d/2].
 
-    def turn_rows(x: Tensor) -> Tensor:  # rows of x[heads, t, d, d] times R_m: turned by -m
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-
-    half = turn_rows(h.unsqueeze(1).expand(-1, cos.shape[0], -1, -1))
-    return turn_rows(half.transpose(2, 3)).mean(1)
+    R_m turns each pair (i, i + d/2) by its own angle, so that only means of products of two angles' cosines and sines enter.
+    """
+    half = h.shape[1] // 2
+    cc, cs, sc, ss = (x.double().T @ y.double() / len(x) for x in (cos, sin) for y in (cos, sin))
+    a, b, c, d = h[:, :half, :half], h[:, :half, half:], h[:, half:, :half], h[:, half:, half:]
+    upper, side = a * cc + b * cs + c * sc + d * ss, b * cc - a * cs + d * sc - c * ss
+    lower = d * cc - c * cs - b * sc + a * ss
+    return torch.cat((torch.cat((upper, side), 2), torch.cat((side.transpose(1, 2), lower), 2)), 1)
 
 
 def row_factor(h: Tensor) -> Tensor:
@@ -91,13 +92,14 @@ def row_factor(h: Tensor) -> Tensor:
 
 def value_grams(block: Block, weights: dict[str, Tensor], site: str) -> Tensor:
     """f64[key heads, k, k]: sums over tokens of what a value head's rows multiply after attention has mixed the tokens."""
-    x = block.quantized_inputs()
-    total, count = 0.0, block.config.num_key_value_heads
+    x, k = block.quantized_inputs(), weights[f"{VALUE}.weight"].shape[1]
+    total = torch.zeros(block.config.num_key_value_heads, k, k, dtype=torch.float64)
     for part, inputs in zip(chunks(x), rounding.site_inputs(block, weights, site, x), strict=True):
         s = gptq.first_token(inputs).sqrt().unsqueeze(2)
         for window, p in enumerate(rounding.attention(block, weights, part)):
-            mixed = (p @ inputs[window]) * s[window]  # [heads, t, k]
-            total = total + (mixed.transpose(1, 2) @ mixed).double().unflatten(0, (count, -1)).sum(1)
+            for head, shares in enumerate(p.unflatten(0, (len(total), -1))):
+                mixed = ((shares @ inputs[window]) * s[window]).flatten(0, 1)  # [heads that read it * t, k]
+                total[head] += (mixed.T @ mixed).double()
     return total
 
 
