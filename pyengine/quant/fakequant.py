@@ -29,12 +29,19 @@ def quantize_tokens(x: Tensor, ratio: Tensor, bits: int) -> Tensor:
     return _Tokens.apply(x, ratio, 2 ** (bits - 1) - 1)
 
 
-def quantize_kv4(x: Tensor, ratio: Tensor) -> Tensor:
-    """x[..., head_dim] in 4 bits, asymmetric, with a range of ratio[0]·max down to ratio[1]·min that holds zero."""
-    high, low = ratio[0] * x.amax(-1, keepdim=True).clamp(min=0), ratio[1] * x.amin(-1, keepdim=True).clamp(max=0)
-    scale = ((high - low) / 15).clamp(min=TINY)
+def quantize_asymmetric(x: Tensor, ratio: Tensor, bits: int) -> Tensor:
+    """x[..., k] with codes from 0 to 2^bits − 1 over each row's range, ratio[..., 0]·max down to ratio[..., 1]·min, which holds zero."""
+    high, low = ratio[..., 0:1] * x.amax(-1, keepdim=True).clamp(min=0), ratio[..., 1:2] * x.amin(-1, keepdim=True).clamp(max=0)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=TINY)
     zero = _round(-low / scale)
-    return scale * ((_round(x / scale) + zero).clamp(0, 15) - zero)
+    return scale * ((_round(x / scale) + zero).clamp(0, 2**bits - 1) - zero)
+
+
+def quantize_cached(x: Tensor, ratio: Tensor, bits: int) -> Tensor:
+    """Keys or values x[..., head_dim] as the KV cache holds them: 4 bits asymmetric, 8 bits symmetric, or as they are."""
+    if bits == 4:
+        return quantize_asymmetric(x, ratio, 4)
+    return quantize_tokens(x, ratio, bits) if bits == 8 else x
 
 
 def _round(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ..qtensor import QTensor, fit_group
 from . import fakequant, rounding
 from .common import Block, Spec, require_finite, require_float16
 from .training import relative_error, train
-from .transforms import PARAMETRISATIONS, balanced_pair, flat_rotation, kron
+from .transforms import PARAMETRISATIONS, balanced_pair, flat_rotation, key, kron
 
 GROUP_SIZE = 0  # a scale a row: what integer kernels for activations want
 STEPS = 32
@@ -82,25 +82,17 @@ class FlatBlock(nn.Module):
             shapes[f"{site}.left"], shapes[f"{site}.right"] = balanced_pair(block.weights[f"{block.sites[site][0]}.weight"].shape[1])
         if spec.kv_bits == 4:
             shapes["self_attn.key"] = self.head_dim
-        self.matrices = nn.ModuleDict({_key(name): make(recipe.start(n, random)) for name, n in shapes.items()})
-        self.scales = nn.ParameterDict({site: nn.Parameter(self._smooth(site, largest[site])) for site in SCALED if recipe.scale})
+        self.matrices = nn.ModuleDict({key(name): make(recipe.start(n, random)) for name, n in shapes.items()})
+        smooth = {site: smoothing(block, site, largest[site], recipe.alpha) for site in SCALED if recipe.scale}
+        self.scales = nn.ParameterDict({site: nn.Parameter(log) for site, log in smooth.items()})
         clipped = dict.fromkeys(block.sites, spec.act_bits) | dict.fromkeys(("key", "value"), spec.kv_bits)
         clipped = {name: bits for name, bits in clipped.items() if recipe.clip and (bits == 4 or bits == 8 and name in block.sites)}
         self.ratios = nn.ParameterDict({name: nn.Parameter(torch.full((2,), START_LOGIT[bits <= 4])) for name, bits in clipped.items()})
-        self.row_ratios = nn.ParameterDict({_key(name): nn.Parameter(self._row_logits(name)) for name in block.linears if recipe.clip})
-
-    def _smooth(self, site: str, largest: Tensor) -> Tensor:
-        """log c f32[k]: c = wmax^(1−α) / xmax^α, which makes both x·c and W/c flatter."""
-        w = torch.cat([self.block.weights[f"{name}.weight"] for name in self.block.sites[site]]).abs().amax(0)
-        return (w.clamp(min=1e-5).pow(1 - self.recipe.alpha) / largest.clamp(min=1e-5).pow(self.recipe.alpha)).clamp(min=1e-5).log()
-
-    def _row_logits(self, name: str) -> Tensor:
-        n, k = self.block.weights[f"{name}.weight"].shape
-        return torch.full((n, k // fit_group(self.spec.group_size, k), 2), START_LOGIT[self.spec.bits <= 4])
+        self.row_ratios = nn.ParameterDict({key(name): nn.Parameter(row_logits(block, spec, name)) for name in block.linears if recipe.clip})
 
     def bases(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(P, P⁻ᵀ) f32 by name: `<site>.left`, `<site>.right`, `self_attn.value`, `self_attn.key`."""
-        return {key.replace("__", "."): matrix() for key, matrix in self.matrices.items()}
+        return {slot.replace("__", "."): matrix() for slot, matrix in self.matrices.items()}
 
     def merged(self, bases: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype, rounded: bool) -> dict[str, Tensor]:
         """Weights, biases and norms of the block in the new bases, in `dtype`; linears clipped, and fake-quantized if `rounded`."""
@@ -131,11 +123,11 @@ class FlatBlock(nn.Module):
     def _rows(self, w: Tensor, name: str | None, rounded: bool) -> Tensor:
         """w[n, k] clipped to what was learned for the linear `name`, and rounded."""
         groups = w.unflatten(1, (-1, fit_group(self.spec.group_size, w.shape[1])))
-        key = _key(name) if name else None
-        ratio = self.row_ratios[key].to(w.dtype).sigmoid() if key in self.row_ratios else w.new_ones(2)
+        slot = key(name) if name else None
+        ratio = self.row_ratios[slot].to(w.dtype).sigmoid() if slot in self.row_ratios else w.new_ones(2)
         if rounded:
             return fakequant.quantize_rows(groups, ratio.expand(*groups.shape[:2], 2), self.spec.bits).flatten(1)
-        return (fakequant.clip_rows(groups, ratio) if key in self.row_ratios else groups).flatten(1)
+        return (fakequant.clip_rows(groups, ratio) if slot in self.row_ratios else groups).flatten(1)
 
     def clip(self, name: str) -> Tensor:
         """f32[2]: the (upper, lower) ratio of a site, or of "key" or "value"."""
@@ -148,7 +140,7 @@ class FlatBlock(nn.Module):
             if what in ("query", "key", "value"):
                 if what != "value" and "self_attn.key" in bases:
                     v = v @ bases["self_attn.key"][what == "query"]
-                return fakequant.quantize_kv4(v.float(), self.clip(what)) if rounded and what != "query" and self.spec.kv_bits == 4 else v
+                return fakequant.quantize_cached(v.float(), self.clip(what), self.spec.kv_bits) if rounded and what != "query" else v
             right = bases[f"{what}.right"][0] if what != "o_in" else None
             v = kron(v, bases[f"{what}.left"][0], right)
             return fakequant.quantize_tokens(v.float(), self.clip(what), self.spec.act_bits) if rounded and self.spec.act_bits < 16 else v
@@ -164,9 +156,10 @@ class FlatBlock(nn.Module):
         return self.block.forward(weights, x, None, self.edit(bases, rounded))
 
 
-def _key(name: str) -> str:
-    """A module's name for a tensor's: torch forbids dots there."""
-    return name.replace(".", "__")
+def row_logits(block: Block, spec: Spec, name: str) -> Tensor:
+    """f32[n, k/group, 2]: where the clip ratios of the rows of the linear `name` start, before the sigmoid."""
+    n, k = block.weights[f"{name}.weight"].shape
+    return torch.full((n, k // fit_group(spec.group_size, k), 2), START_LOGIT[spec.bits <= 4])
 
 
 def observe(block: Block, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -179,6 +172,32 @@ def observe(block: Block, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
     with torch.no_grad():
         return torch.cat([block.forward(block.weights, x, see) for x in inputs.split(4)]), largest
+
+
+def smoothing(block: Block, site: str, largest: Tensor, alpha: float) -> Tensor:
+    """log c f32[k]: c = wmax^(1−α) / xmax^α, which makes both x·c and W/c flatter; `largest` is xmax f32[k]."""
+    w = torch.cat([block.weights[f"{name}.weight"] for name in block.sites[site]]).abs().amax(0)
+    return (w.clamp(min=1e-5).pow(1 - alpha) / largest.clamp(min=1e-5).pow(alpha)).clamp(min=1e-5).log()
+
+
+def merged_block(block: Block, weights: dict[str, Tensor], own: Callable[[str, Tensor], Tensor]) -> Block:
+    """The block that a rounding gets: merged weights, and a forward that does `own` between them.
+
+    Its hook sees what the weights multiply; its edit sees queries, keys and values as they come, before `own`.
+    """
+
+    def forward(weights: dict[str, Tensor], x: Tensor, hook: Callable | None = None, edit: Callable | None = None) -> Tensor:
+        def change(what: str, v: Tensor) -> Tensor:
+            if edit and what not in block.sites:
+                v = edit(what, v)
+            v = own(what, v)
+            if hook and what in block.sites:
+                hook(what, v)
+            return v
+
+        return block.forward(weights, x, None, change)
+
+    return replace(block, weights=weights, forward=forward)
 
 
 def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor | Tensor]:
@@ -216,20 +235,7 @@ def stored(flat: FlatBlock, inputs: Callable[[], Tensor]) -> dict[str, QTensor |
         require_finite(weights[f"{name}.weight"], f"{block.prefix}{name}")
     own = flat.edit({name: (p.float(), inverse.float()) for name, (p, inverse) in bases.items()}, True)
 
-    def forward(weights: dict[str, Tensor], x: Tensor, hook: Callable | None = None, edit: Callable | None = None) -> Tensor:
-        """The merged block: `hook` sees what the weights multiply, `edit` queries and keys in the old basis, as they come from RoPE."""
-
-        def change(what: str, v: Tensor) -> Tensor:
-            if edit and what not in block.sites:
-                v = edit(what, v)
-            v = own(what, v)
-            if hook and what in block.sites:
-                hook(what, v)
-            return v
-
-        return block.forward(weights, x, None, change)
-
-    return out | rounding.round_block(replace(block, weights=weights, forward=forward), inputs, spec)
+    return out | rounding.round_block(merged_block(block, weights, own), inputs, spec)
 
 
 def _exact(p: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from .. import models
 from ..formats import Checkpoint, open_checkpoint
 from ..loader import quantization, weight
 from ..qtensor import QTensor
-from .fakequant import quantize_kv4, quantize_tokens
+from .fakequant import quantize_cached, quantize_tokens
 from .transforms import kron
 
 HEAD_TOKENS = 512  # rows of logits held at once
@@ -61,9 +61,7 @@ class Simulation:
                 return v if self.act_bits == 16 else quantize_tokens(v, _open(clip), self.act_bits)
             transform, clip = held[what]
             v = v if transform is None else v @ transform
-            if what == "query" or self.kv_bits == 16:
-                return v
-            return quantize_kv4(v, _open(clip)) if self.kv_bits == 4 else quantize_tokens(v, torch.ones(2), self.kv_bits)
+            return v if what == "query" else quantize_cached(v, _open(clip), self.kv_bits)
 
         return change
 

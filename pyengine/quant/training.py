@@ -27,15 +27,18 @@ def train(
     steps: int,
     batch: int,
     random: torch.Generator,
+    before_step: Callable[[int], object] = lambda step: None,
 ) -> list[float]:
     """Minimise `error(forward(x), target)` over the (parameters, rate) groups; returns the error of every step.
 
     inputs and targets are f32[samples, t, hidden]; each step takes `batch` samples, all samples before any comes again.
+    `before_step(step)` is called first in each.
     """
     rates = [rate for _, rate in groups]
     optimizer = torch.optim.AdamW([{"params": list(p), "lr": rate} for p, rate in groups], weight_decay=0.0)
     floor, errors, order = rates[0] * FLOOR, [], torch.empty(0, dtype=torch.int64)
     for step in range(steps):
+        before_step(step)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = floor + (rate - floor) * (1 + math.cos(math.pi * step / steps)) / 2
         while len(order) < batch:

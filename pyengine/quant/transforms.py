@@ -119,3 +119,8 @@ def _cayley(z: Tensor) -> Tensor:
 
 
 PARAMETRISATIONS = {"direct": DirectMatrix, "cayley": CayleyMatrix}
+
+
+def key(name: str) -> str:
+    """A module's or parameter's name for a tensor's: torch forbids dots there."""
+    return name.replace(".", "__")
