@@ -85,7 +85,7 @@ def _sampling(p: argparse.ArgumentParser) -> None:
 
 def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("out", metavar="OUT", help="directory to make")
-    p.add_argument("--method", default="gwq", help="a file of pyengine/quant: rtn, gwq, gwq-paper, flatquant (default gwq)")
+    p.add_argument("--method", default="gwq", help="a file of pyengine/quant: gwq, rtn, gptq, quarot, flatquant, ... (default gwq)")
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--group-size", type=int, help="inputs that share a scale; 0 is a whole row (default: the method's own, mostly 128)")
     p.add_argument("--asymmetric", action="store_true", help="a zero code for each group")
@@ -98,7 +98,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--calib", metavar="FILE", help="UTF-8 calibration text (default: text that the model writes itself)")
     p.add_argument("--samples", type=int, help="calibration windows (default: the method's own)")
     p.add_argument("--seq-len", type=int, help="tokens of a window (default: the method's own)")
-    p.add_argument("--steps", type=int, help="training steps of each block, for methods that train (default: the method's own)")
+    p.add_argument("--steps", type=int, help="training steps of each block, for methods that train; 0 leaves all at its start (default: the method's own)")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(act_bits=16, kv_bits=16)  # recorded in the checkpoint
     p.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
