@@ -85,8 +85,10 @@ def _sampling(p: argparse.ArgumentParser) -> None:
 
 def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("out", metavar="OUT", help="directory to make")
-    p.add_argument("--method", default="gwq", help="a file of pyengine/quant: gwq, rtn, gptq, quarot, flatquant, ... (default gwq)")
-    p.add_argument("--bits", type=int, default=4)
+    p.add_argument("--method", default="gwq", help="a file of pyengine/quant: gwq, gptq, awq, flatquant, auto, ... (default gwq)")
+    p.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default 4)")
+    p.add_argument("--bits-map", metavar="FILE", help='JSON {pattern: bits} of linears that have other bits: {"down_proj": 8, "layers.0.*": 8}')
+    p.add_argument("--target-bits", type=float, help="auto: bits per weight, all told, that the choice may take")
     p.add_argument("--group-size", type=int, help="inputs that share a scale; 0 is a whole row (default: the method's own, mostly 128)")
     p.add_argument("--asymmetric", action="store_true", help="a zero code for each group")
     p.add_argument("--outliers", type=float, default=0.01, help="share of weights kept in FP16 (default 0.01)")
@@ -94,6 +96,8 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--scope", help="where they are looked for: tensor, global, row, structured or columns (default: the method's own)")
     p.add_argument("--rounding", help="how weights that are not kept are rounded: rtn, gptq, rsq, boa, gpfq (default: the method's own)")
     p.add_argument("--grid", help="range: scales span a group's weights; search: the cheapest that may clip (default: the method's own)")
+    p.add_argument("--orders", type=int, help="rex: matrices that a weight is the sum of (default 2)")
+    p.add_argument("--rows", type=float, help="rex: share of the outputs that have more than one (default 0.5)")
     p.add_argument("--head-bits", type=int, default=8, help="bits of the output matrix: 8 or 16 (default 8)")
     p.add_argument("--calib", metavar="FILE", help="UTF-8 calibration text (default: text that the model writes itself)")
     p.add_argument("--samples", type=int, help="calibration windows (default: the method's own)")
@@ -101,6 +105,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int, help="training steps of each block, for methods that train; 0 leaves all at its start (default: the method's own)")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(act_bits=16, kv_bits=16)  # recorded in the checkpoint
+    p.add_argument("--report", metavar="DIR", help="write there where the FP16 weights sit: outliers.json and, with matplotlib, outliers.png")
     p.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
 
 
@@ -208,16 +213,22 @@ def chat(args: argparse.Namespace) -> int:
 
 def quantize(args: argparse.Namespace) -> int:
     from . import ops
+    from .files import read_json
     from .quantizer import quantize as run
 
     if args.device not in ("auto", "cpu"):
         raise ValueError(f"device is {args.device!r}; this build quantizes on 'cpu'")
     if args.threads is not None:
         ops.set_threads(args.threads)
-    names = ("method", "bits", "group_size", "outliers", "score", "scope", "rounding", "grid", "act_bits", "kv_bits", "head_bits", "calib", "seed", "resume")
+    names = (
+        "method", "bits", "group_size", "outliers", "score", "scope", "rounding", "grid", "orders", "rows", "target_bits", "act_bits", "kv_bits",
+        "head_bits", "calib", "seed", "resume",
+    )  # fmt: skip
     options = {name: getattr(args, name) for name in names} | {"symmetric": not args.asymmetric}
     options |= {name: value for name in ("samples", "seq_len", "steps") if (value := getattr(args, name)) is not None}
-    report = run(args.model, args.out, **options)
+    if args.bits_map:
+        options["bits_map"] = read_json(args.bits_map)
+    report = run(args.model, args.out, report_folder=args.report, **options)
     _print(args, report, lambda r: [
         f"{args.out}: {r['method']}, {r['bits_per_weight']:.3f} bits per weight, {100 * r['outlier_share']:.2f} % outliers, "
         f"{r['size_bytes'] / 1e6:.1f} MB, {sum(r['seconds'].values()):.0f} s"

@@ -1,7 +1,8 @@
-"""Files of the user's: the cache folder and UTF-8 texts."""
+"""Files of the user's: the cache folder, UTF-8 texts, JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -18,3 +19,11 @@ def read_text(path: str | os.PathLike) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not UTF-8 text: byte 0x{data[e.start]:02x} at offset {e.start}") from e
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """The value in a JSON file; raises ValueError that says where it is broken."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{path}: not JSON: {e}") from e

@@ -8,6 +8,7 @@ A method is a module in `pyengine/quant/` named like the method ('-' becomes '_'
                                                            (`attn_in.left`, `input_layernorm.weight`), which go beside or replace others
     statistics(folder) -> dict                             optional: what `quantize_block` noted in `block.folder`, for the report
     GROUP_SIZE, STEPS                                      optional: its group size (else 128) and training steps (else it takes none)
+    MIXED_BITS                                             optional: it asks `spec.at(name)` for the bits of each linear
 
 and, if other methods may have their weights rounded by it, what `quant/rounding.py` says. It decides codes and outliers; the driver
 reads, names, writes, resumes and reports.
@@ -19,7 +20,7 @@ import importlib
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -28,13 +29,16 @@ from torch import Tensor
 
 from .checkpoint import Writer, require_free
 from .formats import Checkpoint, open_checkpoint
+from .outlier_report import outlier_report
 from .qtensor import QTensor, fit_group
 from .quant.calibration import Batches, FloatModel, Progress, self_written, show_progress, text_windows, token_hash
 from .quant.common import FLOAT16_MAX, Block, Spec, quantize_matrix
 from .tokenizer import Tokenizer, load_tokenizer
 
 # Files in quant/ that are not methods.
-HELPERS = ("__init__", "calibration", "columns", "common", "descent", "fakequant", "grid", "outliers", "rounding", "simulate", "training", "transforms")
+HELPERS = (
+    "__init__", "calibration", "columns", "common", "descent", "fakequant", "grid", "merge", "outliers", "rounding", "simulate", "training", "transforms",
+)  # fmt: skip
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
 VERSION = 1  # of what is written: one more when the same options give other bytes
 
@@ -56,46 +60,28 @@ def quantize(
     out: str | os.PathLike,
     method: str = "gwq",
     *,
-    bits: int = 4,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    outliers: float = 0.01,
-    score: str | None = None,
-    scope: str | None = None,
-    rounding: str | None = None,
-    grid: str | None = None,
-    act_bits: int = 16,
-    kv_bits: int = 16,
-    head_bits: int = 8,
     calib: str | os.PathLike | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    steps: int | None = None,
-    seed: int = 0,
     resume: bool = False,
+    report_folder: str | os.PathLike | None = None,
     progress: Progress = show_progress,
+    **options,
 ) -> dict:
     """Quantize a checkpoint (a path, or what `open_checkpoint` returned) into the new directory `out`; returns a report.
 
-    calib is a UTF-8 text to calibrate on; without one the model writes its own. group_size, score, scope, rounding, grid, samples,
-    seq_len and steps are the method's own where None. `progress(items, label)` wraps the long loops. act_bits and kv_bits are recorded for the
-    runtime, which quantizes those as it runs. Raises ValueError for arguments that make no sense, CheckpointError for a source that
-    cannot be trusted, OSError if the disk is full; in all of these `out` does not appear, and `resume=True` continues a run that was
-    cut short.
+    options are the fields of `Spec` (bits=4, group_size=None, outliers=0.01, …); None is the method's own. calib is a UTF-8 text to calibrate
+    on; without one the model writes its own. `report_folder` gets outliers.json and, with matplotlib, outliers.png: where the weights sit
+    that stay FP16. `progress(items, label)` wraps the long loops. act_bits and kv_bits are recorded for the runtime, which quantizes those as
+    it runs. Raises ValueError for arguments that make no sense, CheckpointError for a source that cannot be trusted, OSError if the disk is
+    full; in all of these `out` does not appear, and `resume=True` continues a run that was cut short.
     """
-    module = load_method(method)
-    group_size = getattr(module, "GROUP_SIZE", Spec.group_size) if group_size is None else group_size
-    if steps is not None and not hasattr(module, "STEPS"):
-        raise ValueError(f"steps is {steps}, but {method} does not train")
-    steps = getattr(module, "STEPS", None) if steps is None else steps
-    spec = Spec(
-        method, bits, group_size, symmetric, outliers, score, scope, rounding, grid, act_bits, kv_bits, head_bits, samples, seq_len, steps, seed
-    ).check()  # fmt: skip
-    spec = module.complete(spec)
+    module, spec = request(method, options)
+    if report_folder is not None:
+        Path(report_folder).mkdir(parents=True, exist_ok=True)
     require_free(out)  # before the minutes that a calibration text may take
     started = time.monotonic()
     checkpoint = open_checkpoint(model) if not isinstance(model, Checkpoint) else model
     source, tokenizer = FloatModel.of(checkpoint), load_tokenizer(checkpoint)
+    check_patterns(source, spec)
     ids = calibration_tokens(source, tokenizer, spec, calib, progress)
     text = token_hash(ids) if ids is not None else None
     identity = {"source": checkpoint.fingerprint(), "calibration": text, **asdict(spec)}
@@ -119,7 +105,43 @@ def quantize(
     statistics |= module.statistics(writer.work) if hasattr(module, "statistics") else {}
     sizes = writer.finish(output_config(checkpoint.config, spec, text), tokenizer.save)
     seconds["quantize"] = time.monotonic() - started
-    return report(source, spec, sizes, groups, statistics, {k: round(v, 2) for k, v in seconds.items()})
+    done = report(source, spec, sizes, groups, statistics, {k: round(v, 2) for k, v in seconds.items()})
+    return done | {"outliers": outlier_report(open_checkpoint(out), report_folder)}
+
+
+def request(method: str, options: dict) -> tuple[ModuleType, Spec]:
+    """The module of a method, and what is asked of it with its own defaults."""
+    module = load_method(method)
+    own = {"group_size": getattr(module, "GROUP_SIZE", Spec.group_size), "steps": getattr(module, "STEPS", None)}
+    if options.get("steps") is not None and own["steps"] is None:
+        raise ValueError(f"steps is {options['steps']}, but {method} does not train")
+    if options.get("bits_map"):
+        if not hasattr(module, "MIXED_BITS"):
+            raise ValueError(f"bits_map is given, but {method} takes the same bits for all linears")
+        options = options | {"bits_map": bits_map(options["bits_map"])}
+    options = options | {name: value for name, value in own.items() if options.get(name) is None}
+    return module, module.complete(Spec(method, **options).check())
+
+
+def bits_map(value: dict) -> tuple[tuple[str, int, int | None], ...]:
+    """{pattern: bits} or {pattern: {"bits": bits, "group_size": inputs}} as `Spec.bits_map`; ValueError for anything else."""
+    if not isinstance(value, dict):
+        raise ValueError(f"bits_map is {value!r}, expected an object of patterns and bits")
+    entries = []
+    for pattern, said in value.items():
+        said = said if isinstance(said, dict) else {"bits": said}
+        if not isinstance(pattern, str) or not {"bits"} <= said.keys() <= {"bits", "group_size"}:
+            raise ValueError(f"bits_map: {pattern!r} has {said!r}, expected bits, or an object of bits and group_size")
+        entries.append((pattern, said["bits"], said.get("group_size")))
+    return tuple(entries)
+
+
+def check_patterns(model: FloatModel, spec: Spec) -> None:
+    """Raise ValueError if a pattern of the bits map is about no linear: it is misspelt."""
+    names = [f"model.layers.{i}.{name}" for i in range(model.blocks) for name in model.arch.LINEARS]
+    for entry in spec.bits_map:
+        if all((alone := replace(spec, bits_map=(entry,))).at(name) is alone for name in names):
+            raise ValueError(f"bits_map: {entry[0]!r} matches no linear of the model, which has {', '.join(names[:7])}, …")
 
 
 def calibration_tokens(model: FloatModel, tokenizer: Tokenizer, spec: Spec, calib: str | os.PathLike | None, progress: Progress) -> Tensor | None:

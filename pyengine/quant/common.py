@@ -7,15 +7,16 @@ codes are computed, so that the file holds the best codes for the scales it hold
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..qtensor import BITS, GROUPS, QTensor, fit_group, outliers_from_mask, pack_codes
+from ..qtensor import BITS, GROUPS, ORDERS, QTensor, fit_group, outliers_from_mask, pack_codes
 
 FLOAT16_MAX = 65504.0
 # The smallest positive float16: the scale of a group that has nothing to scale. Zero would turn x / scale into NaN.
@@ -37,6 +38,11 @@ class Spec:
     scope: str | None = None
     rounding: str | None = None  # how the weights outside the mask get their codes: a file of this folder with `round_matrix` or `round_block`
     grid: str | None = None  # "range" spans a group's weights, "search" is the cheapest of some that clip
+    orders: int | None = None  # matrices that a weight is the sum of
+    rows: float | None = None  # share of the outputs that have more than one
+    # (pattern, bits, group size or None) of linears by name: what the first one that matches says holds instead of bits and group_size
+    bits_map: tuple[tuple[str, int, int | None], ...] = ()
+    target_bits: float | None = None  # bits per weight, as files count them, for methods that choose the rest
     act_bits: int = 16
     kv_bits: int = 16
     head_bits: int = 8
@@ -50,10 +56,20 @@ class Spec:
         """Bits that a code occupies in the file."""
         return 8 if self.bits == 8 else 4
 
+    def at(self, name: str) -> Spec:
+        """What is asked for the linear `name` ("model.layers.3.mlp.down_proj"). A pattern may leave out how the name begins, up to a dot."""
+        for pattern, bits, group in self.bits_map:
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}"):
+                return replace(self, bits=bits, group_size=self.group_size if group is None else group, bits_map=())
+        return self
+
     def check(self) -> Spec:
         """Raise ValueError with the value and the allowed ones; returns self."""
         _one_of("bits", self.bits, BITS)
         _one_of("group_size", self.group_size, (0, *reversed(GROUPS)))
+        for pattern, bits, group in self.bits_map:
+            _one_of(f"bits of {pattern!r}", bits, BITS)
+            _one_of(f"group_size of {pattern!r}", group, (None, 0, *reversed(GROUPS)))
         _one_of("symmetric", self.symmetric, (True, False))
         _one_of("score", self.score, (None, *SCORES))
         _one_of("grid", self.grid, (None, "range", "search"))
@@ -61,9 +77,13 @@ class Spec:
         _one_of("act_bits", self.act_bits, (4, 8, 16))
         _one_of("kv_bits", self.kv_bits, (4, 8, 16))
         _one_of("head_bits", self.head_bits, (8, 16))
-        if isinstance(self.outliers, bool) or not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= 0.5:
-            raise ValueError(f"outliers is {self.outliers!r}, expected a share of the weights between 0 and 0.5 (0.01 is 1 %)")
-        for name, low, high in (("samples", 1, 1 << 20), ("seq_len", 2, 1 << 20), ("steps", 0, 1 << 20), ("seed", 0, (1 << 63) - 1)):
+        if self.outliers != 0:
+            _within("outliers", self.outliers, 0, 0.5, "a share of the weights between 0 and 0.5 (0.01 is 1 %)")
+        if self.rows is not None:
+            _within("rows", self.rows, 0, 1, "a share of the outputs above 0 and at most 1")
+        if self.target_bits is not None:
+            _within("target_bits", self.target_bits, 0, 16, "bits per weight above 0 and at most 16")
+        for name, low, high in (("samples", 1, 1 << 20), ("seq_len", 2, 1 << 20), ("steps", 0, 1 << 20), ("orders", 1, ORDERS), ("seed", 0, (1 << 63) - 1)):
             value = getattr(self, name)
             if value is None and name != "seed":
                 continue
@@ -75,6 +95,11 @@ class Spec:
 def _one_of(name: str, value: object, allowed: tuple) -> None:
     if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, allowed))}")
+
+
+def _within(name: str, value: object, above: float, most: float, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value <= most:
+        raise ValueError(f"{name} is {value!r}, expected {what}")
 
 
 @dataclass

@@ -30,6 +30,7 @@ from .common import Block, Spec, assemble, fit_grid, require_finite
 from .descent import improve
 from .grid import search_grid
 
+MIXED_BITS = True
 SINK_WEIGHT = 100.0
 DAMPING = 0.01  # of the mean diagonal of H is added to its diagonal
 SAMPLES, SEQ_LEN = 16, 512

@@ -21,7 +21,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from .calibration import Batches, FloatModel
 from .common import Block, Spec, rounding_error
 from .outliers import Best, choose, mask_of
 
+MIXED_BITS = True
 GRADIENT_SCORES = ("abs_g", "sq_g", "abs_g_dw", "fisher_dw2")
 SAMPLES, SEQ_LEN = 16, 256
 HEAD_TOKENS = 256  # rows of logits held at once: 256 x 128k vocabulary x 4 B = 128 MiB
@@ -74,36 +75,52 @@ def prepare(model: FloatModel, batches: Batches, spec: Spec) -> dict:
         return {}
     folder, count = batches.folder, model.blocks
     batches = gradient_batches(batches, spec)
-    todo = next((i for i in range(count + 1) if _gradient_file(folder, i).exists()), None)
-    if todo is None:
+    best = Best(int(spec.outliers * count * sum(math.prod(model.config.linear_shape(name)) for name in model.arch.LINEARS)))
+    if spec.scope == "global":
+        for i, name in itertools.product(range(blocks_left(folder, count), count), model.arch.LINEARS):
+            best.see(load(_candidates_file(folder, i, name)))
+    for i, weights, statistics in backward(model, batches, folder, spec.score):
+        scores = {}
+        for name, statistic in statistics.items():
+            scores[name] = sensitivity(weights[f"{name}.weight"], statistic, spec.at(f"model.layers.{i}.{name}"))
+        if spec.scope == "global":
+            for name, score in scores.items():
+                save(_candidates_file(folder, i, name), best.add(score))
+        else:
+            for name, kept in choose(scores, model.arch.SITES, spec).items():
+                save(_kept_file(folder, i, name), kept)
+    if spec.scope == "global":
+        places = list(itertools.product(range(count), model.arch.LINEARS))
+        for place, kept in zip(places, best.trim([load(_candidates_file(folder, *place)) for place in places]), strict=True):
+            save(_kept_file(folder, *place), kept)
+    return {"calibration_loss": float(load(folder / "loss.npy").mean())}
+
+
+def backward(model: FloatModel, batches: Batches, folder: Path, score: str) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
+    """(index, weights, statistics as of `block_statistics`) of each block from last to first.
+
+    Continues at the block that an earlier run was in when it was cut short: one is finished when the next is asked for.
+    """
+    count = model.blocks
+    todo = blocks_left(folder, count)
+    if todo == count and not _gradient_file(folder, count).exists():
         for i in batches.progress(range(1, count + 1), "forward pass over the calibration windows"):
             batches.inputs(i)
         loss, gradient = loss_gradient(model, batches)
-        _save(folder / "loss.npy", loss)
-        _save(_gradient_file(folder, count), gradient)
-        todo = count
-    gradient = _load(_gradient_file(folder, todo)) if todo else None
-    best = Best(int(spec.outliers * count * sum(math.prod(model.config.linear_shape(name)) for name in model.arch.LINEARS)))
-    if spec.scope == "global":
-        for i, name in itertools.product(range(todo, count), model.arch.LINEARS):  # not what a block that was cut short has left
-            best.see(_load(_candidates_file(folder, i, name)))
+        save(folder / "loss.npy", loss)
+        save(_gradient_file(folder, count), gradient)
+    gradient = load(_gradient_file(folder, todo)) if todo else None
     for i in batches.progress(range(todo - 1, -1, -1), "backward pass, block by block"):
         weights = model.block(i)
-        statistics = block_statistics(batches, weights, model.arch.LINEARS, batches.inputs(i), gradient, spec.score)
-        scores = {name: sensitivity(weights[f"{name}.weight"].detach(), statistic, spec) for name, statistic in statistics.items()}
-        if spec.scope == "global":
-            for name, score in scores.items():
-                _save(_candidates_file(folder, i, name), best.add(score))
-        else:
-            for name, kept in choose(scores, model.arch.SITES, spec).items():
-                _save(_kept_file(folder, i, name), kept)
-        _save(_gradient_file(folder, i), gradient)
+        statistics = block_statistics(batches, weights, model.arch.LINEARS, batches.inputs(i), gradient, score)
+        yield i, {name: w.detach() for name, w in weights.items()}, statistics
+        save(_gradient_file(folder, i), gradient)
         _gradient_file(folder, i + 1).unlink()
-    if spec.scope == "global":
-        places = list(itertools.product(range(count), model.arch.LINEARS))
-        for place, kept in zip(places, best.trim([_load(_candidates_file(folder, *place)) for place in places]), strict=True):
-            _save(_kept_file(folder, *place), kept)
-    return {"calibration_loss": float(_load(folder / "loss.npy").mean())}
+
+
+def blocks_left(folder: Path, count: int) -> int:
+    """How many blocks of `count`, from the first on, the backward pass has not finished."""
+    return next((i for i in range(count + 1) if _gradient_file(folder, i).exists()), count)
 
 
 def loss_gradient(model: FloatModel, batches: Batches) -> tuple[Tensor, Tensor]:
@@ -176,10 +193,13 @@ def sensitivity(w: Tensor, statistic: Tensor | None, spec: Spec) -> Tensor:
 def quantize_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec) -> dict[str, QTensor]:
     """The quantized linears of one block by name. `inputs()` are the block's float inputs f32[s, t, hidden]."""
     if spec.score in GRADIENT_SCORES:
-        kept = {name: _load(_kept_file(block.folder, block.index, name)) for name in block.linears}
+        kept = {name: load(_kept_file(block.folder, block.index, name)) for name in block.linears}
     else:
         statistics = input_squares(block, inputs()) if spec.score == "hdiag_dw2" else {}
-        kept = choose({name: sensitivity(block.weights[f"{name}.weight"], statistics.get(name), spec) for name in block.linears}, block.sites, spec)
+        scores = {}
+        for name in block.linears:
+            scores[name] = sensitivity(block.weights[f"{name}.weight"], statistics.get(name), spec.at(block.prefix + name))
+        kept = choose(scores, block.sites, spec)
     masks = {name: mask_of(kept[name], block.weights[f"{name}.weight"].shape, spec) for name in block.linears}
     return rounding.round_block(block, inputs, spec, masks)
 
@@ -199,11 +219,12 @@ def _gradient_file(folder: Path, i: int) -> Path:
     return folder / f"gradient-{i:05d}.npy"
 
 
-def _save(path: Path, t: Tensor) -> None:
+def save(path: Path, t: Tensor) -> None:
+    """A note in a method's folder: all of it, or nothing under that name."""
     data = io.BytesIO()
     np.save(data, t.numpy(), allow_pickle=False)
     write_file(path, (data.getvalue(),))
 
 
-def _load(path: Path) -> Tensor:
+def load(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, allow_pickle=False))

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from . import rounding
 from .common import Spec
-from .gwq import prepare, quantize_block
+from .gwq import MIXED_BITS, prepare, quantize_block
 
-__all__ = ["complete", "prepare", "quantize_block"]
+__all__ = ["MIXED_BITS", "complete", "prepare", "quantize_block"]
 
 
 def complete(spec: Spec) -> Spec:

@@ -47,12 +47,14 @@ def round_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec, m
     """The quantized linears of a block by name, as `spec.rounding` rounds them; masks bool[n, k] by name say what stays float16."""
     module, masks, weights, done = load_rounding(spec.rounding), masks or {}, dict(block.weights), {}
     if hasattr(module, "round_block"):
+        if spec.bits_map and not hasattr(module, "MIXED_BITS"):
+            raise ValueError(f"rounding {spec.rounding} takes the same bits for all linears, no bits_map")
         return module.round_block(block, inputs, spec, masks)
     for site, names in block.sites.items():
         statistics = module.collect(block, weights, site, inputs, spec) if hasattr(module, "collect") else {}
         for name in names:
             w, bias = block.weights[f"{name}.weight"], block.weights.get(f"{name}.bias")
-            done[name] = module.round_matrix(w, spec, masks.get(name), statistics.get(name), bias, block.prefix + name)
+            done[name] = module.round_matrix(w, spec.at(block.prefix + name), masks.get(name), statistics.get(name), bias, block.prefix + name)
             weights[f"{name}.weight"] = done[name].dequantize()
     return done
 

@@ -11,6 +11,9 @@ from ..qtensor import QTensor
 from .common import Block, Spec, quantize_matrix
 
 
+MIXED_BITS = True
+
+
 def complete(spec: Spec) -> Spec:
     """`spec` as this method takes it; ValueError if another rounding or a searched grid is asked for."""
     if spec.rounding not in (None, "rtn"):
@@ -23,7 +26,7 @@ def complete(spec: Spec) -> Spec:
 def quantize_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec) -> dict[str, QTensor]:
     """The quantized linears of one block by name; `inputs` is not read."""
     w = block.weights
-    return {n: quantize_matrix(w[f"{n}.weight"], spec, bias=w.get(f"{n}.bias"), name=block.prefix + n) for n in block.linears}
+    return {n: quantize_matrix(w[f"{n}.weight"], spec.at(block.prefix + n), bias=w.get(f"{n}.bias"), name=block.prefix + n) for n in block.linears}
 
 
 def round_matrix(w: Tensor, spec: Spec, mask: Tensor | None, statistics: None, bias: Tensor | None, name: str) -> QTensor:
