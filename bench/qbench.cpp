@@ -170,9 +170,9 @@ std::string json(const Roofline& r, size_t cold) {
          ", \"amx_int8_gop_s\": " + real(r.amx_int8_gop_s) + ", \"amx_bf16_gop_s\": " + real(r.amx_bf16_gop_s) + "}";
 }
 
-// An embedding is a copy of a few rows with the reference alone: it is listed, not timed.
+// These move a few rows with the reference alone: they are listed, not timed.
 template <class Op>
-constexpr bool benchmarked = !std::is_same_v<Op, pe::Embedding>;
+constexpr bool benchmarked = !std::is_same_v<Op, pe::Embedding> && !std::is_same_v<Op, pe::ScatterAdd>;
 
 // Calls visit<Op>(name) for every op, or the one that is named.
 template <class F>
@@ -185,11 +185,12 @@ void each_op(const std::string& named, F&& visit) {
   };
   one.template operator()<pe::QLinear>("qlinear");
   one.template operator()<pe::Embedding>("embedding");
+  one.template operator()<pe::ScatterAdd>("scatter_add");
   one.template operator()<pe::RmsNorm>("rmsnorm");
   one.template operator()<pe::SiluMul>("silu_mul");
   one.template operator()<pe::RopeKV>("rope_kv");
   one.template operator()<pe::Attention>("attention");
-  if (!found) throw std::runtime_error("--op is '" + named + "', known are qlinear embedding rmsnorm silu_mul rope_kv attention");
+  if (!found) throw std::runtime_error("--op is '" + named + "', known are qlinear embedding scatter_add rmsnorm silu_mul rope_kv attention");
 }
 
 void list(const Options& o) {
@@ -226,7 +227,7 @@ void check_names_and_shapes(const Options& o) {
     if (!wanted<Op>(o)) return;
     known = true;
     if constexpr (benchmarked<Op>) (void)specs(name, o);
-    else if (!o.op.empty()) throw std::runtime_error("an embedding is only listed: it has no kernel to choose or to time");
+    else if (!o.op.empty()) throw std::runtime_error(std::string(name) + " is only listed: it has no kernel to choose or to time");
   });
   if (!known) throw std::runtime_error("no kernel" + (o.op.empty() ? "" : " of " + o.op) + " is called '" + o.kernel + "'");
 }

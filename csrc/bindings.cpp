@@ -152,6 +152,9 @@ void bind_elementwise(py::module_& m, py::class_<Program>& program) {
   auto embedding = bind<Embedding>(m, program, "Embedding");
   embedding.def_readwrite("m", &Embedding::m).def_readwrite("table", &Embedding::table);
   pointer(embedding, "token", &Embedding::token), pointer(embedding, "y", &Embedding::y);
+  auto scatter = bind<ScatterAdd>(m, program, "ScatterAdd");
+  scatter.def_readwrite("m", &ScatterAdd::m).def_readwrite("n", &ScatterAdd::n).def_readwrite("y_stride", &ScatterAdd::y_stride);
+  pointer(scatter, "x", &ScatterAdd::x), pointer(scatter, "column", &ScatterAdd::column), pointer(scatter, "y", &ScatterAdd::y);
   auto norm = bind<RmsNorm>(m, program, "RmsNorm");
   norm.def_readwrite("m", &RmsNorm::m).def_readwrite("n", &RmsNorm::n).def_readwrite("eps", &RmsNorm::eps);
   pointer(norm, "x", &RmsNorm::x), pointer(norm, "weight", &RmsNorm::weight), pointer(norm, "y", &RmsNorm::y);

@@ -22,6 +22,7 @@ Row<Op>::Row(Kernel<Op> kernel) {
 
 template std::vector<Kernel<QLinear>>& kernels();
 template std::vector<Kernel<Embedding>>& kernels();
+template std::vector<Kernel<ScatterAdd>>& kernels();
 template std::vector<Kernel<RmsNorm>>& kernels();
 template std::vector<Kernel<SiluMul>>& kernels();
 template std::vector<Kernel<Transform>>& kernels();
@@ -29,6 +30,7 @@ template std::vector<Kernel<RopeKV>>& kernels();
 template std::vector<Kernel<Attention>>& kernels();
 template struct Row<QLinear>;
 template struct Row<Embedding>;
+template struct Row<ScatterAdd>;
 template struct Row<RmsNorm>;
 template struct Row<SiluMul>;
 template struct Row<Transform>;

@@ -96,6 +96,15 @@ struct QLinear {
   void* workspace = nullptr;
 };
 
+// y[m, column[j]] += x[m, j] for j < n: what a residual over some outputs of a linear adds. Exact.
+struct ScatterAdd {
+  int64_t m = 0, n = 0;
+  const float* x = nullptr;         // f32[m, n]
+  const int32_t* column = nullptr;  // [n], no two the same
+  float* y = nullptr;
+  int64_t y_stride = 0;
+};
+
 // y[m,k] = rows token[m] of a table of `table.n` rows: its weights alone are read, in any layout.
 struct Embedding {
   int64_t m = 0;

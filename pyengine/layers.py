@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import Linear, stack
-from .ops import Program, silu_mul
+from .ops import Program, scatter_add, silu_mul
 from .qtensor import QTensor
 
 
@@ -33,6 +34,25 @@ class Dense(nn.Module):
 
     def kernel_name(self, tokens: int = 1) -> str:
         return "torch"
+
+
+class Summed(nn.Module):
+    """A linear whose weights are the sum of two matrices, the second over some of the outputs or all."""
+
+    def __init__(self, first: Linear, second: Linear | Summed, rows: Tensor | None):
+        super().__init__()
+        self.first, self.second, self.rows = first, second, rows
+        self.out_features, self.in_features = first.out_features, first.in_features
+        for layer in weight_layers(second):
+            layer.weights = 0  # they are the first one's: bits per weight count its alone
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: Program | None = None) -> Tensor:
+        """x f32[m, k] → f32[m, n]."""
+        y = self.first(x, residual, out, program)
+        if self.rows is None:
+            return self.second(x, y, y, program)
+        scatter_add(self.second(x, program=program), self.rows, y, program=program)
+        return y
 
 
 class SideBySide(nn.Module):
@@ -74,14 +94,17 @@ def linear(
     """
     if all(isinstance(w, QTensor) for w in weights):
         joined = weights[0] if len(weights) == 1 else stack(weights)
-        if joined is not None:
+        if joined is not None and joined.residual is None:
             return Linear(joined, act_bits, kernel, gated, act_clip)
+        if joined is not None and not gated:
+            first = Linear(replace(joined, residual=None), act_bits, kernel, act_clip=act_clip)
+            return Summed(first, linear([joined.residual], act_bits, kernel, act_clip=act_clip), joined.residual.rows)
     if gated:
         return Gated(linear(weights, act_bits, kernel, act_clip=act_clip))
     if not any(isinstance(w, QTensor) for w in weights):
         biases = [b for _, b in weights]
         return Dense(torch.cat([w for w, _ in weights]), None if biases[0] is None else torch.cat(biases))
-    return SideBySide([Linear(w, act_bits, kernel, act_clip=act_clip) if isinstance(w, QTensor) else Dense(*w) for w in weights])
+    return SideBySide([linear([w], act_bits, kernel, act_clip=act_clip) for w in weights])
 
 
 def weight_layers(module: nn.Module) -> list[Linear | Dense]:

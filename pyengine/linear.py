@@ -47,6 +47,8 @@ class Linear(nn.Module):
             raise ValueError(f"Linear: {weight.n} outputs cannot be gated, they have no halves")
         if act_clip is not None and not ((ops.check(act_clip, "Linear: act_clip", torch.float32, (2,)) > 0) & (act_clip <= 1)).all():
             raise ValueError(f"Linear: act_clip is {act_clip.tolist()}, expected two ratios above 0 and at most 1")
+        if weight.residual is not None:
+            raise ValueError("Linear: the weight has a residual, which layers.linear adds")
         self.in_features, self.out_features = weight.k, weight.n // 2 if gated else weight.n
         self.kernel, self.act_bits, self.gated, self.act_clip = kernel, act_bits, gated, act_clip
         self._tensors: dict[str, Tensor] = {}
@@ -177,7 +179,7 @@ class Linear(nn.Module):
 
 def _canonical(w: QTensor) -> dict[str, Tensor]:
     """The tensors of a weight as kernels read them, by the op's names for them."""
-    tensors = {key: t for key, t in w.tensors().items() if key not in CSR or w.outliers}
+    tensors = {key: t for key, t in w.tensors().items() if key in KEYS and (key not in CSR or w.outliers)}
     if w.outliers:
         tensors["outlier_col"] = w.outlier_col.to(torch.uint16 if w.k <= 65536 else torch.int32)
     if w.bias is not None:
@@ -187,20 +189,24 @@ def _canonical(w: QTensor) -> dict[str, Tensor]:
 
 def stack(parts: Sequence[QTensor]) -> QTensor | None:
     """Several weights over the same input as one of all their outputs; None where their formats differ."""
-    first = parts[0]
+    first, residuals = parts[0], [(i, p.residual) for i, p in enumerate(parts) if p.residual is not None]
+    residual = stack([r for _, r in residuals]) if residuals else None
     alike = all(
         (p.k, p.group, p.container, p.scale.dtype, p.zero is None, p.bias is None)
         == (first.k, first.group, first.container, first.scale.dtype, first.zero is None, first.bias is None)
         and (torch.equal(p.column_index, first.column_index) if p.columns and first.columns else p.columns == first.columns)
         for p in parts
     )
-    if not alike:
+    if not alike or residuals and residual is None:
         return None
+    if residuals and (len(residuals) < len(parts) or any(r.rows is not None for _, r in residuals)):
+        before = [sum(p.n for p in parts[:i]) for i, _ in residuals]
+        residual.rows = torch.cat([b + (torch.arange(r.n) if r.rows is None else r.rows).int() for b, (_, r) in zip(before, residuals)])
     rows = (key for key in ("weight", "scale", "zero", "bias", "column_value") if getattr(first, key) is not None)
     joined = {key: torch.cat([getattr(p, key) for p in parts]) for key in rows}
     if any(p.outliers for p in parts):
         joined |= _stack_outliers(parts)
-    return QTensor(k=first.k, name=first.name, column_index=first.column_index, **joined)
+    return QTensor(k=first.k, name=first.name, column_index=first.column_index, residual=residual, **joined)
 
 
 def _stack_outliers(parts: Sequence[QTensor]) -> dict[str, Tensor]:

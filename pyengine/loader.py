@@ -66,6 +66,8 @@ def build(
             transforms.append(transform)
         blocks.append(arch.Block(c, norms, linears, transforms, read_heads(checkpoint, f"{prefix}.self_attn", c.head_dim)))
     table = weight(checkpoint, "model.embed_tokens", c.vocab_size, c.hidden_size)
+    if isinstance(table, QTensor) and table.residual is not None:
+        raise CheckpointError("model.embed_tokens.residual: an embedding takes no residual")
     tied = linear([table], 16, kernel)
     head = tied if c.tie_word_embeddings else linear([weight(checkpoint, "lm_head", c.vocab_size, c.hidden_size)], 16, kernel)
     norm = checkpoint.float("model.norm.weight", (c.hidden_size,)).clone()

@@ -52,7 +52,8 @@ def kernels(device: int = -1) -> dict[str, list[dict]]:
 
     GPUs differ: `device` is the number of the one that CUDA rows are asked about, −1 the current one.
     """
-    return {op.__name__: op.kernels(device) for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention)}
+    every = (_C.QLinear, _C.Embedding, _C.ScatterAdd, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention)
+    return {op.__name__: op.kernels(device) for op in every}
 
 
 def threads() -> int:
@@ -140,6 +141,17 @@ def embedding(table: _C.QLinear, token: Tensor, out: Tensor, owner: object, kern
     op.y = _contiguous(out, "embedding: out", float32, (m, table.k)).data_ptr()
     go(op, kernel, program, owner, token, out)
     return out
+
+
+def scatter_add(x: Tensor, column: Tensor, y: Tensor, kernel: str = "", program: Program | None = None) -> None:
+    """y f32[m, l] at column i32[n], each below l and no two the same, += x f32[m, n]."""
+    m, n = x.shape
+    op = _C.ScatterAdd()
+    op.m, op.n, op.y_stride = m, n, y.stride(0)
+    op.x = _contiguous(x, "scatter_add: x", float32, (m, n)).data_ptr()
+    op.column = _contiguous(column, "scatter_add: column", int32, (n,)).data_ptr()
+    op.y = check(y, "scatter_add: y", float32, (m, y.shape[1])).data_ptr()
+    go(op, kernel, program, x, column, y)
 
 
 def rms_norm(

@@ -1,6 +1,7 @@
 """The quantized-weight format: what it holds, what must be true of it, and how it turns back into floats.
 
-    w[j, c] = scale[j, c // group] * (code[j, c] - zero[j, c // group]),   then outlier values and columns replace w at their places
+    w[j, c] = scale[j, c // group] * (code[j, c] - zero[j, c // group]),   then outlier values and columns replace w at their places,
+                                                                  and a residual, itself such a matrix, is added to its rows
 
 `csrc/ops.h` states the same layout for the kernels. Checkpoints hold exactly these tensors under `<module>.`;
 what a kernel wants otherwise is repacked at load (`csrc/pack.cpp`) and never saved.
@@ -9,7 +10,7 @@ what a kernel wants otherwise is repacked at load (`csrc/pack.cpp`) and never sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .errors import CheckpointError
 KEYS = ("weight", "scale", "zero", "outlier_row", "outlier_col", "outlier_value", "column_index", "column_value", "bias")
 GROUPS = (128, 64, 32)  # group sizes with kernels, largest first; 0 means one group a row
 BITS = (2, 3, 4, 8)
+ORDERS = 8  # most matrices that one weight is the sum of
 
 
 def fit_group(group: int, k: int) -> int:
@@ -55,6 +57,8 @@ class QTensor:
     outlier_row i32[n+1], outlier_col u16|i32[nnz], outlier_value f16[nnz]   CSR, columns ascending in a row, or all None
     column_index i32[c], column_value f16[n, c]   inputs that are kept whole in f16, ascending, without CSR outliers; or both None
     bias   f16[n] or None
+    residual  what is added to the rows that it names: its n counts them, and it has no bias; or None
+    rows   i32[n], of a residual: to which rows of the matrix it belongs to its own are added, ascending; None is all
     """
 
     k: int
@@ -67,6 +71,8 @@ class QTensor:
     column_index: Tensor | None = None
     column_value: Tensor | None = None
     bias: Tensor | None = None
+    residual: QTensor | None = None
+    rows: Tensor | None = None
     name: str = field(default="weight", compare=False)
 
     @property
@@ -98,16 +104,27 @@ class QTensor:
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by their key, those that exist."""
-        return {key: t for key in KEYS if (t := getattr(self, key)) is not None}
+        own = {key: t for key in (*KEYS, "rows") if (t := getattr(self, key)) is not None}
+        return own | ({} if self.residual is None else {f"residual.{key}": t for key, t in self.residual.tensors().items()})
 
     @classmethod
     def read(cls, name: str, n: int, k: int, get: Callable[[str], Tensor | None]) -> QTensor:
         """Collect `<name>.<key>` tensors through `get` (None where absent) and check every invariant for an n × k matrix."""
+        return cls._collect(name, k, get, ORDERS).check(n)
+
+    @classmethod
+    def _collect(cls, name: str, k: int, get: Callable[[str], Tensor | None], orders: int) -> QTensor:
         found = {key: get(f"{name}.{key}") for key in KEYS}
         for key in ("weight", "scale"):
             if found[key] is None:
                 raise CheckpointError(f"{name}.{key}: missing from the checkpoint")
-        return cls(k=k, name=name, **found).check(n)
+        q = cls(k=k, name=name, **found)
+        if any(get(f"{name}.residual.{key}") is not None for key in ("weight", "scale", "rows")):
+            if orders == 1:
+                raise CheckpointError(f"{name}.residual: a weight is the sum of at most {ORDERS} matrices")
+            q.residual = cls._collect(f"{name}.residual", k, get, orders - 1)
+            q.residual.rows = get(f"{name}.residual.rows")
+        return q
 
     def check(self, n: int | None = None) -> QTensor:
         """Refuse anything a kernel could read out of bounds or turn into NaN. Returns self."""
@@ -135,7 +152,22 @@ class QTensor:
                 self._fail("bias", "contains NaN or infinite values")
         self._check_columns(n)
         self._check_outliers(n)
+        if self.residual is not None:
+            self.residual._check_residual(n, k)
         return self
+
+    def _check_residual(self, n: int, k: int) -> None:
+        """This one belongs to a matrix of n rows."""
+        if self.k != k or self.bias is not None:
+            raise CheckpointError(f"{self.name}: a residual of {self.k} inputs{'' if self.bias is None else ' with a bias'}, expected {k} and no bias")
+        if self.rows is None:
+            self.check(n)
+            return
+        self._expect("rows", (torch.int32,), (self.rows.numel(),))
+        rows = self.rows.long()
+        if not len(rows) or int(rows[0]) < 0 or int(rows[-1]) >= n or (rows.diff() <= 0).any():
+            self._fail("rows", f"must rise strictly within 0..{n - 1}")
+        self.check(len(rows))
 
     def _check_columns(self, n: int) -> None:
         if self.column_index is None and self.column_value is None:
@@ -211,6 +243,8 @@ class QTensor:
 
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         """f32[n, k] (or the chosen rows of it): the matrix that the kernels multiply by."""
+        if self.residual is not None:
+            return self._sum()[slice(None) if rows is None else rows]
         if rows is None:
             rows = slice(None)
         codes = unpack_codes(self.weight[rows], self.k, self.container)
@@ -227,6 +261,11 @@ class QTensor:
             start = torch.repeat_interleave(first - torch.cumsum(counts, 0) + counts, counts)
             entry = start + torch.arange(int(counts.sum()))
             w[owner, self.outlier_col[entry].to(torch.int64)] = self.outlier_value[entry].float()
+        return w
+
+    def _sum(self) -> Tensor:
+        w, at = replace(self, residual=None).dequantize(), slice(None) if self.residual.rows is None else self.residual.rows.long()
+        w[at] += self.residual.dequantize()
         return w
 
 

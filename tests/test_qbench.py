@@ -12,7 +12,10 @@ import pytest
 from pyengine import ops
 
 BINARY = Path(__file__).resolve().parents[1] / "build" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "qbench"
-NAMES = {"QLinear": "qlinear", "Embedding": "embedding", "RmsNorm": "rmsnorm", "SiluMul": "silu_mul", "RopeKV": "rope_kv", "Attention": "attention"}
+NAMES = {
+    "QLinear": "qlinear", "Embedding": "embedding", "ScatterAdd": "scatter_add", "RmsNorm": "rmsnorm", "SiluMul": "silu_mul", "RopeKV": "rope_kv",
+    "Attention": "attention",
+}  # fmt: skip
 TABLE = [{"op": NAMES[op], **row} for op, rows in ops.kernels().items() for row in rows]
 # One shape and options of a linear that every kind of row takes, and shapes of the others, small and uneven.
 PROBLEMS = {

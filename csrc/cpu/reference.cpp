@@ -138,6 +138,13 @@ void qlinear(const QLinear& op, void*) {
   }
 }
 
+void scatter_add(const ScatterAdd& op, void*) {
+  parallel_for(op.m, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < op.n; ++j) op.y[i * op.y_stride + op.column[j]] += op.x[i * op.n + j];
+  });
+}
+
 void rmsnorm(const RmsNorm& op, void*) {
   for (int64_t i = 0; i < op.m; ++i) {
     const float* x = op.x + (op.row ? op.row[i] : i) * op.n;
@@ -305,6 +312,7 @@ constexpr auto cpu = Device::cpu;
 constexpr auto plain = Layout::canonical;
 
 const Row<QLinear> qlinear_row{{"qlinear_reference", cpu, Arch::any, 0, plain, nullptr, qlinear}};
+const Row<ScatterAdd> scatter_add_row{{"scatter_add_reference", cpu, Arch::any, 0, plain, nullptr, scatter_add}};
 const Row<RmsNorm> rmsnorm_row{{"rmsnorm_reference", cpu, Arch::any, 0, plain, nullptr, rmsnorm}};
 const Row<SiluMul> silu_mul_row{{"silu_mul_reference", cpu, Arch::any, 0, plain, nullptr, silu_mul}};
 const Row<Transform> transform_row{{"transform_reference", cpu, Arch::any, 0, plain, nullptr, transform}};
