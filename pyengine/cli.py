@@ -91,7 +91,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--target-bits", type=float, help="auto: bits per weight, all told, that the choice may take")
     p.add_argument("--group-size", type=int, help="inputs that share a scale; 0 is a whole row (default: the method's own, mostly 128)")
     p.add_argument("--asymmetric", action="store_true", help="a zero code for each group")
-    p.add_argument("--outliers", type=float, default=0.01, help="share of weights kept in FP16 (default 0.01)")
+    p.add_argument("--outliers", type=float, help="share of weights kept in FP16 (default: the method's own, 0.01 for gwq)")
     p.add_argument("--score", help="how outliers are ranked (default: the method's own)")
     p.add_argument("--scope", help="where they are looked for: tensor, global, row, structured or columns (default: the method's own)")
     p.add_argument("--rounding", help="how weights that are not kept are rounded: rtn, gptq, rsq, boa, gpfq (default: the method's own)")

@@ -159,7 +159,8 @@ class QTensor:
     def _check_residual(self, n: int, k: int) -> None:
         """This one belongs to a matrix of n rows."""
         if self.k != k or self.bias is not None:
-            raise CheckpointError(f"{self.name}: a residual of {self.k} inputs{'' if self.bias is None else ' with a bias'}, expected {k} and no bias")
+            bias = "" if self.bias is None else " with a bias"
+            raise CheckpointError(f"{self.name}: a residual of {self.k} inputs{bias}, expected {k} and no bias")
         if self.rows is None:
             self.check(n)
             return

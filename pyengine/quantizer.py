@@ -7,7 +7,7 @@ A method is a module in `pyengine/quant/` named like the method ('-' becomes '_'
     quantize_block(block, inputs, spec) -> dict            linear name → QTensor; also tensors by their name inside the block
                                                            (`attn_in.left`, `input_layernorm.weight`), which go beside or replace others
     statistics(folder) -> dict                             optional: what `quantize_block` noted in `block.folder`, for the report
-    GROUP_SIZE, STEPS                                      optional: its group size (else 128) and training steps (else it takes none)
+    GROUP_SIZE, OUTLIERS, STEPS                            optional: its group size (else 128), outliers (else 0.01) and training steps (else none)
     MIXED_BITS                                             optional: it asks `spec.at(name)` for the bits of each linear
 
 and, if other methods may have their weights rounded by it, what `quant/rounding.py` says. It decides codes and outliers; the driver
@@ -33,6 +33,7 @@ from .outlier_report import outlier_report
 from .qtensor import QTensor, fit_group
 from .quant.calibration import Batches, FloatModel, Progress, self_written, show_progress, text_windows, token_hash
 from .quant.common import FLOAT16_MAX, Block, Spec, quantize_matrix
+from .quant.rounding import load_rounding
 from .tokenizer import Tokenizer, load_tokenizer
 
 # Files in quant/ that are not methods.
@@ -112,7 +113,9 @@ def quantize(
 def request(method: str, options: dict) -> tuple[ModuleType, Spec]:
     """The module of a method, and what is asked of it with its own defaults."""
     module = load_method(method)
-    own = {"group_size": getattr(module, "GROUP_SIZE", Spec.group_size), "steps": getattr(module, "STEPS", None)}
+    own = {name: getattr(module, name.upper(), getattr(Spec, name)) for name in ("group_size", "outliers", "steps")}
+    if own["steps"] is None and options.get("rounding") is not None:
+        own["steps"] = getattr(load_rounding(options["rounding"]), "STEPS", None)
     if options.get("steps") is not None and own["steps"] is None:
         raise ValueError(f"steps is {options['steps']}, but {method} does not train")
     if options.get("bits_map"):

@@ -102,7 +102,8 @@ def test_the_allocation_is_as_good_as_trying_everything_allows():
         g = torch.Generator().manual_seed(seed)
         choices = {}
         for name in "abcde":
-            sizes, losses = (torch.randint(10, 60, (4,), generator=g).sort().values.tolist(), torch.rand(4, generator=g).sort(descending=True).values.tolist())
+            sizes = torch.randint(10, 60, (4,), generator=g).sort().values.tolist()
+            losses = torch.rand(4, generator=g).sort(descending=True).values.tolist()
             choices[name] = [Form(4, 64, 0, s, v) for s, v in zip(sizes, losses)]
         least = sum(min(f.size for f in found) for found in choices.values())
         for budget in (least, least + 30, least + 90, 10**6):
@@ -142,6 +143,7 @@ def test_the_file_has_the_bits_that_were_asked_for(tmp_path, text, target):
     assert len(done["statistics"]["forms"]) > 3
     run("again")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
-    for options, message in (({}, "auto needs target_bits"), ({"target_bits": 0}, "target_bits is 0, expected"), ({"target_bits": 4.0}, "smallest forms")):
+    refused = (({}, "auto needs target_bits"), ({"target_bits": 0}, "target_bits is 0, expected"), ({"target_bits": 4.0}, "smallest forms"))
+    for options, message in refused:
         with pytest.raises(ValueError, match=message):
             quantize(STORIES, tmp_path / "no", "auto", calib=text, samples=2, seq_len=24, progress=quiet, **options)

@@ -148,7 +148,8 @@ def test_checkpoints_load_and_lose_less(tmp_path):
         done = quantize(STORIES, out, name, group_size=32, head_bits=16, progress=lambda items, label: items, **options)
         engine = load(out)
         losses.append(float((engine.logits(ids) - expected).norm()))
-        assert describe(open_checkpoint(out))["bits_per_weight"] == done["bits_per_weight"] == pytest.approx(linear_bits(engine.model), rel=1e-6)
+        bits = done["bits_per_weight"]
+        assert describe(open_checkpoint(out))["bits_per_weight"] == bits == pytest.approx(linear_bits(engine.model), rel=1e-6)
     assert losses[1] < losses[0] and losses[2] < losses[0] / 8 and losses[3] < losses[2] / 2, losses
     for options, message in (({"orders": 9}, "orders is 9, expected"), ({"rows": 0.0}, "rows is 0.0, expected"), ({"rounding": "gptq"}, "what rounding to")):
         with pytest.raises(ValueError, match=message):

@@ -77,13 +77,15 @@ class Spec:
         _one_of("act_bits", self.act_bits, (4, 8, 16))
         _one_of("kv_bits", self.kv_bits, (4, 8, 16))
         _one_of("head_bits", self.head_bits, (8, 16))
-        if self.outliers != 0:
+        if self.outliers != 0 or isinstance(self.outliers, bool):
             _within("outliers", self.outliers, 0, 0.5, "a share of the weights between 0 and 0.5 (0.01 is 1 %)")
         if self.rows is not None:
             _within("rows", self.rows, 0, 1, "a share of the outputs above 0 and at most 1")
         if self.target_bits is not None:
             _within("target_bits", self.target_bits, 0, 16, "bits per weight above 0 and at most 16")
-        for name, low, high in (("samples", 1, 1 << 20), ("seq_len", 2, 1 << 20), ("steps", 0, 1 << 20), ("orders", 1, ORDERS), ("seed", 0, (1 << 63) - 1)):
+        most = 1 << 20
+        counts = (("samples", 1, most), ("seq_len", 2, most), ("steps", 0, most), ("orders", 1, ORDERS), ("seed", 0, (1 << 63) - 1))
+        for name, low, high in counts:
             value = getattr(self, name)
             if value is None and name != "seed":
                 continue
