@@ -38,7 +38,8 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 # Files in quant/ that are not methods.
 HELPERS = (
-    "__init__", "calibration", "columns", "common", "descent", "fakequant", "grid", "merge", "outliers", "rounding", "simulate", "training", "transforms",
+    "__init__", "calibration", "columns", "common", "descent", "fakequant", "grid", "merge", "outliers", "rounding", "simulate", "training",
+    "transforms",
 )  # fmt: skip
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
 VERSION = 1  # of what is written: one more when the same options give other bytes

@@ -151,6 +151,7 @@ def test_checkpoints_load_and_lose_less(tmp_path):
         bits = done["bits_per_weight"]
         assert describe(open_checkpoint(out))["bits_per_weight"] == bits == pytest.approx(linear_bits(engine.model), rel=1e-6)
     assert losses[1] < losses[0] and losses[2] < losses[0] / 8 and losses[3] < losses[2] / 2, losses
-    for options, message in (({"orders": 9}, "orders is 9, expected"), ({"rows": 0.0}, "rows is 0.0, expected"), ({"rounding": "gptq"}, "what rounding to")):
+    refused = (("orders", 9, "orders is 9"), ("rows", 0.0, "rows is 0.0"), ("rounding", "gptq", "what rounding"), ("grid", "search", "span"))
+    for name, value, message in refused:
         with pytest.raises(ValueError, match=message):
-            quantize(STORIES, tmp_path / "no", "rex", **options)
+            quantize(STORIES, tmp_path / "no", "rex", **{name: value})

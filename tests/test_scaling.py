@@ -111,12 +111,11 @@ def test_awq_keeps_what_costs_most_in_the_scaled_block(block, scope):
     spec = awq.complete(Spec(bits=3, group_size=32, outliers=0.05, scope=scope))
     planted(block)
     found, plain = (awq.quantize_block(block, lambda: block.x, s) for s in (spec, awq.complete(Spec(bits=3, group_size=32, outliers=0.0))))
-    weights = dict(block.weights) | {name: q for name, q in found.items() if isinstance(q, torch.Tensor)}
-    seen = {}
-    block.forward(weights, block.x, seen.__setitem__)  # inputs of the norms' sites as they are after scaling
+    weights, seen = dict(block.weights) | {name: q for name, q in found.items() if isinstance(q, torch.Tensor)}, {}
+    block.forward(block.weights, block.x, seen.__setitem__)
     for site in merge.NORMS:
         s = block.weights[f"{merge.NORMS[site]}.weight"] / weights[f"{merge.NORMS[site]}.weight"]
-        squares, scores = seen[site][:, 1:].square().sum((0, 1)), {}
+        squares, scores = (seen[site][:, 1:] / s).square().sum((0, 1)), {}
         for name in block.sites[site]:
             scores[name] = squares * awq.rounding_error(block.weights[f"{name}.weight"] * s, spec).square()
         for name, kept in choose(scores, {site: block.sites[site]}, spec).items():
@@ -127,7 +126,8 @@ def test_awq_keeps_what_costs_most_in_the_scaled_block(block, scope):
                 mask[torch.repeat_interleave(torch.arange(q.n), q.outlier_row.diff()), q.outlier_col.long()] = True
             assert int((mask != mask_of(kept, mask.shape, spec)).sum()) <= 2, (name, scope)  # two scores equal to float32
     expected = block.forward(block.weights, block.x)
-    assert error(block.forward(dequantized(block, found), block.x), expected) < 0.9 * error(block.forward(dequantized(block, plain), block.x), expected)
+    kept, rounded = (error(block.forward(dequantized(block, f), block.x), expected) for f in (found, plain))
+    assert kept < 0.9 * rounded
     for wrong in ({"score": "fisher_dw2"}, {"scope": "global"}):
         with pytest.raises(ValueError, match="awq ranks outliers by hdiag_dw2"):
             awq.complete(Spec(**wrong))
@@ -163,7 +163,12 @@ def test_smoothquant_scales_as_the_paper_and_helps_rounded_activations(block):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("awq", {"group_size": 32}), ("awq", {"rounding": "gptq", "outliers": 0.01, "scope": "columns"}), ("smoothquant", {"bits": 8, "act_bits": 8})]
+    ("method", "options"),
+    [
+        ("awq", {"group_size": 32}),
+        ("awq", {"rounding": "gptq", "outliers": 0.01, "scope": "columns"}),
+        ("smoothquant", {"bits": 8, "act_bits": 8}),
+    ],
 )
 def test_checkpoints_load_and_run(tmp_path, method, options):
     text = tmp_path / "text.txt"

@@ -25,8 +25,10 @@ def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults: two orders, the second for half of the outputs. ValueError if another rounding is asked for."""
     if spec.rounding not in (None, "rtn"):
         raise ValueError(f"rounding is {spec.rounding!r}, but what rex leaves for the next order is what rounding to nearest has lost")
+    if spec.grid not in (None, "range"):
+        raise ValueError(f"grid is {spec.grid!r}, but the bound of rex holds for grids that span all weights of a group")
     orders, rows = spec.orders or 2, 0.5 if spec.rows is None else spec.rows
-    return replace(spec, outliers=0.0, score=None, scope=None, rounding="rtn", orders=orders, rows=rows, samples=0, seq_len=0)
+    return replace(spec, outliers=0.0, score=None, scope=None, rounding="rtn", grid="range", orders=orders, rows=rows, samples=0, seq_len=0)
 
 
 def expand(w: Tensor, spec: Spec, bias: Tensor | None = None, name: str = "weight") -> QTensor:
