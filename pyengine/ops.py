@@ -96,12 +96,14 @@ def check_input(x: Tensor, k: int, device: torch.device) -> None:
 
 def _rows(x: Tensor, k: int) -> Tensor:
     """x [..., k] as the rows that kernels read: f32[m, k] on the CPU; on a GPU in its own dtype, each row beginning at 16 bytes."""
-    rows = x.reshape(-1, k)
-    if x.device.type == "cpu":
+    rows = x if x.dim() == 2 else x.reshape(-1, k)  # torch takes microseconds to do nothing
+    if x.device.type == "cuda":
+        if rows.stride(0) % 8 or rows.data_ptr() % 16 or rows.stride(1) != 1:
+            rows = rows.new_empty(rows.shape[0], (k + 7) // 8 * 8)[:, :k].copy_(rows)
+        return rows
+    if rows.dtype != float32:
         rows = rows.float()
-    elif rows.stride(0) % 8 or rows.data_ptr() % 16 or rows.stride(1) != 1:
-        return rows.new_empty(rows.shape[0], (k + 7) // 8 * 8)[:, :k].copy_(rows)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def linear(
@@ -129,7 +131,10 @@ def linear(
         op.run(torch.cuda.current_stream(device).cuda_stream, kernel, device.index)
     elif m:
         go(op, kernel, program, owner, rows, y, residual, memory.workspace(op))
-    return y if out is not None else y.view(*x.shape[:-1], n).to(x.dtype)
+    if out is not None:
+        return out
+    y = y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def embedding(table: _C.QLinear, token: Tensor, out: Tensor, owner: object, kernel: str = "", program: Program | None = None) -> Tensor:
