@@ -56,6 +56,8 @@ class Linear(nn.Module):
 
     def _place(self, w: QTensor, device: torch.device) -> None:
         """Pack the weights for the kernels of a device and point the op at them."""
+        if device.type != "meta" and device.type not in {row["device"] for row in _C.QLinear.kernels()}:
+            raise RuntimeError(f"Linear: this build has no kernels for {device}")
         op, tensors = _C.QLinear(), _canonical(w)
         if self.act_clip is not None:
             tensors["act_clip"] = memory.pack(self.act_clip)
@@ -114,7 +116,10 @@ class Linear(nn.Module):
         super()._apply(fn, recurse)
         self._buffers |= packed
         if device != self.device:
-            self._place(self.quantized(), device)
+            w = self.quantized()
+            if self.device.type == "meta":  # to_empty(): room for those of a state dict
+                w = QTensor(w.k, torch.zeros_like(w.weight, device="cpu"), torch.zeros_like(w.scale, device="cpu"))
+            self._place(w, device)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -147,7 +152,7 @@ class Linear(nn.Module):
 
     def rows(self, token: Tensor, out: Tensor, program: ops.Program | None = None) -> Tensor:
         """Rows token i64[m] of the weights → out f32[m, k]; with `program` recorded instead."""
-        return ops.embedding(self._op, token, out, self, program=program)
+        return ops.embedding(self._op, token, out, self._tensors, program=program)
 
     def extra_repr(self) -> str:
         return (
