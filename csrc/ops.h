@@ -51,7 +51,8 @@ struct OutlierRun {
 // Bound on ‖y − oracle‖ / ‖oracle‖ for normally distributed x: 1e-5 with f32 or 8-bit codes, 1e-4 with fixed point (an input that
 // towers over its group costs the others of the group digits), 5e-3 with bf16.
 // For f16 and bf16 the sums are f32; codes, zeros and outliers are exact where weights go from registers into the tensor cores, and
-// rounded to dtype where they go through shared memory: ≤ 1e-3 for f16 and ≤ 6e-3 for bf16, each given x and with y rounded to dtype.
+// rounded to dtype where they go through shared memory: ≤ 1e-3 for f16 and ≤ 6e-3 for bf16, each given x and with y rounded to dtype, and
+// weights whose scale is no less than 2^-14 (below, f16 itself has fewer digits; to scales in f16 that is no loss).
 // The same call gives the same bits always: no float atomics.
 // On the CPU sums do not depend on the number of threads, nor on m for one kernel: its result for a token has the same bits in any batch.
 struct QLinear {

@@ -103,5 +103,5 @@ def test_decode_stays_within_its_issue_slots(compiled, arch):
     counted = [(len(body), Counter(re.match(r"\w+", line)[0] for line in body)) for body in bodies]
     tile = min(size for size, ops in counted if ops["HMMA"] == 16)
     entries = min(size / ops["HMMA"] for size, ops in counted if ops["HMMA"] and ops["LDG"])  # sixteen of them
-    assert tile <= 380 and entries <= 56
-    assert tile + entries * 0.01 * 64 * 64 / 16 < 530  # of which ~50 are in branches that groups of 64 and more do not take
+    assert tile <= 405 and entries <= 56
+    assert tile + entries * 0.01 * 64 * 64 / 16 < 550  # of which ~70 are in branches that groups of 64 and more with f16 scales do not take

@@ -31,8 +31,9 @@ def kernel(request, device):
 
 def each_kernel(kernels=KERNELS):
     return pytest.mark.parametrize("kernel", kernels, indirect=True)
-# (n, k, group): minimal, odd, several tiles of outputs, inputs that several blocks share, more inputs than an outlier's entry can tell apart.
-SHAPES = ((1, 32, 32), (17, 64, 64), (33, 96, 32), (35, 37, 37), (130, 104, 104), (64, 256, 128), (100, 576, 64), (70, 1536, 128), (20, 4096 + 96, 32))
+# (n, k, group): minimal, odd, several tiles of outputs, inputs that several blocks share, more inputs than an outlier's entry can tell apart,
+# a group of more than a block's inputs.
+SHAPES = ((1, 32, 32), (17, 64, 64), (33, 96, 32), (35, 37, 37), (130, 104, 104), (64, 256, 128), (100, 576, 64), (70, 1536, 128), (20, 4096 + 96, 32), (40, 1100, 1100))
 
 
 def to_numpy(t: torch.Tensor) -> np.ndarray:
@@ -45,7 +46,7 @@ class Problem:
     def __init__(self, device, w: QTensor):
         self.device, self.w = device, w
         op = self.op = device.ops.QLinear()
-        op.n, op.k, op.group, op.bits = w.n, w.k, w.group, w.container
+        op.n, op.k, op.group, op.bits, op.scale_f32 = w.n, w.k, w.group, w.container, w.scale.dtype == torch.float32
         self.canonical = {"weight": w.weight, "scale": w.scale, "zero": w.zero}
         if w.outliers:
             self.canonical |= {"outlier_row": w.outlier_row, "outlier_col": w.outlier_col, "outlier_value": w.outlier_value}
@@ -103,12 +104,12 @@ def error(y: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("bits", (4, 8))
 @each_kernel()
 def test_shapes_masks_and_tokens(device, kernel, bits, dtype):
-    """Every shape with every mask of outliers; tokens, zeros, bias, residual and the schedule change from case to case."""
+    """Every shape with every mask of outliers; tokens, zeros, the scales' type, bias, residual and the schedule change from case to case."""
     schedules = itertools.cycle(("in_order", "reverse", "greedy", "random"))
     for case, ((n, k, group), mask) in enumerate(itertools.product(SHAPES, MASKS)):
         m = KERNELS[kernel][case % len(KERNELS[kernel])]
         torch.manual_seed(case)
-        problem = Problem(device, random_weight(n, k, group, bits, case % 2 == 1, mask, bias=case % 3 == 1))
+        problem = Problem(device, random_weight(n, k, group, bits, case % 2 == 1, mask, bias=case % 3 == 1, scale_f32=case % 5 > 2))
         device.reset()
         device.schedule(next(schedules), case, 1 + case % 2, 1 + case % 3)
         problem.place(m)
@@ -132,8 +133,8 @@ def test_every_schedule_gives_the_same_bits(device, kernel):
 
 @each_kernel()
 def test_every_schedule_is_free_of_races(device, kernel):
-    for bits, (n, k, group) in ((4, (100, 576, 64)), (8, (70, 1024 + 32, 32))):
-        problem, m = Problem(device, random_weight(n, k, group, bits, True, "sparse", bias=True)), KERNELS[kernel][-1]
+    for bits, (n, k, group), scale_f32 in ((4, (100, 576, 64), False), (8, (70, 1024 + 32, 32), True)):
+        problem, m = Problem(device, random_weight(n, k, group, bits, True, "sparse", bias=True, scale_f32=scale_f32)), KERNELS[kernel][-1]
         x = torch.randn(m, k).bfloat16()
         for schedule in device.schedules(seeds=3):
             problem.place(m)
@@ -154,6 +155,20 @@ def test_decode_multiplies_codes_and_outliers_exactly(device, kernel, dtype):
         x[torch.arange(8), torch.randint(0, 576, (8,))] = 1
         y = problem.run(kernel, x.to(dtype))
         assert torch.equal(y, problem.expected(x).to(dtype))
+
+
+@each_kernel(DECODE)
+def test_decode_keeps_all_digits_of_f32_scales(device, kernel):
+    """Scales that f16 cannot tell apart, one weight an output and token: the residual takes away what y in f16 would have room for."""
+    w = random_weight(70, 192, 64, asymmetric=True, scale_f32=True)
+    w.scale = 1 + torch.arange(70 * 3).view(70, 3) * 2.0**-20
+    problem = Problem(device, w)
+    problem.place(8)
+    x = torch.zeros(8, 192).half()
+    x[torch.arange(8), torch.randint(0, 192, (8,))] = 1
+    residual = -problem.expected(x).half()
+    wanted = problem.expected(x, residual)
+    assert (wanted != 0).any() and (problem.run(kernel, x, residual).double() - wanted).abs().max() <= 1e-6
 
 
 @each_kernel()
@@ -192,7 +207,6 @@ def test_a_kernel_says_what_it_refuses(device, kernel):
     problem = Problem(device, random_weight(20, 96, 32))
     for change, why in (
         ({"act_bits": 8}, "activations of 16 bits"),
-        ({"scale_f32": True}, "f16 scales"),
         ({"x_stride": 97}, "16-byte aligned"),
         ({"x": 8}, "16-byte aligned"),
         ({"m": 17}, "up to 16 tokens" if kernel in DECODE else ""),

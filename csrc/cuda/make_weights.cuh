@@ -30,7 +30,7 @@ struct Maker {
   int place;                // byte of the lane's first piece
   size_t group_base;        // of scales and zeros: the first group of the lane's outputs g and g+8
   const uint32_t* offset;   // of the band's tiles of outliers
-  __half2 scale[2];         // of the next tile's halves, in the order in which the lane takes them
+  uint2 scale[2];           // of outputs g and g+8, f32 or two f16 in x; of the next tile's halves, in the order in which the lane takes them
   uint32_t zero[2];
   uint32_t first, last, after;  // outliers of the next tile begin and end; those of the tile after it end
   uint32_t entry = 0;           // of the next tile, the lane's
@@ -52,7 +52,10 @@ struct Maker {
     for (int i = 0; i < 2; ++i) {
       const int group = (tile * mma::kTile + (i ^ (g & 1)) * 32) >> shares.group_shift;
       const size_t at = group_base + size_t(min(group, shares.groups - 1)) * mma::kTile;
-      scale[i] = *reinterpret_cast<const __half2*>(static_cast<const __half*>(op.scale) + at);
+      if (op.scale_f32)
+        scale[i] = *reinterpret_cast<const uint2*>(static_cast<const float*>(op.scale) + at);
+      else
+        scale[i].x = *reinterpret_cast<const uint32_t*>(static_cast<const __half*>(op.scale) + at);
       zero[i] = op.zero ? *reinterpret_cast<const uint16_t*>(op.zero + at) : (1 << (bits - 1)) * 0x101;
     }
   }
@@ -78,11 +81,18 @@ struct Maker {
         *reinterpret_cast<uint4*>(word) = code[half * 32 + lane];
       const Dequant<T, bits> dequant(zero[i]);
       for (int j = 0; j < 2; ++j) dequant(word + j * (bits / 4), step[j]);
-      for (int high = 0; high < 2; ++high) {
-        const __half s = high ? __high2half(scale[i]) : __low2half(scale[i]);
-        *reinterpret_cast<uint4*>(rows + (place ^ i * 64) + high * 1024) = make_uint4(
-            times<T>(step[0][high], s), times<T>(step[0][2 + high], s), times<T>(step[1][high], s), times<T>(step[1][2 + high], s));
-      }
+      const auto store = [&](auto&& scaled) {
+        for (int high = 0; high < 2; ++high)
+          *reinterpret_cast<uint4*>(rows + (place ^ i * 64) + high * 1024) =
+              make_uint4(scaled(step[0][high], high), scaled(step[0][2 + high], high), scaled(step[1][high], high), scaled(step[1][2 + high], high));
+      };
+      const __half2 halves = pair_of<__half2>(scale[i].x);
+      if (op.scale_f32)
+        store([&](uint32_t pair, int high) { return times<T>(pair, __uint_as_float(high ? scale[i].y : scale[i].x)); });
+      else if constexpr (std::is_same_v<T, __half>)
+        store([&](uint32_t pair, int high) { return times(pair, high ? __high2half(halves) : __low2half(halves)); });
+      else
+        store([&](uint32_t pair, int high) { return times<T>(pair, high ? __high2float(halves) : __low2float(halves)); });
     }
     if (op.outlier_entry) {
       __syncwarp();  // the weights that they replace are there

@@ -22,7 +22,10 @@ namespace pe {
 namespace {
 
 constexpr int kTileWarps = 4, kOutlierWarps = 2;
-constexpr int kStages = 4;  // three tiles of 2 KiB under way for each of ~12 warps of a processor: 72 KiB, where 4.3 TB/s · 0.7 µs need 23
+// Three tiles of 2 KiB under way for each of ~12 warps of a processor: 72 KiB, where 4.3 TB/s · 0.7 µs need 23. INT8 for 16 tokens has two
+// of 4 KiB, for two blocks to a processor of 227 KiB, and for one to have room in the 99 KiB of compute capability 8.6 and 8.9.
+template <int bits, int W>
+constexpr int kStages = bits * W == 16 ? 3 : 4;
 constexpr int kBands = mma::kTile / mma::kBand;
 
 // A warp's tile of 64 outputs × 64 inputs in shared memory. W: tokens / 8.
@@ -30,14 +33,23 @@ template <int bits, int W>
 struct alignas(16) Stage {
   uint4 weight[kBands][bits / 4][32];
   uint4 x[2][W][32];        // [half of the inputs][tokens][lane]: the 8 inputs of ops.h that the lane multiplies, two steps' worth
-  uint4 scale[2][8];        // [group][g]: f16 of outputs g and g+8 of each band. A tile has one group, or two of 32
-  uint2 zero[2][8];         // as scale, u8
+  uint4 scale[2][16];       // [group]: of outputs g and g+8 of each band, 8 f16 or f32 for each g. A tile has one group, or two of 32
+  uint2 zero[2][8];         // [group][g]: as scale, u8
 };
+
+// A warp's sums as mma() leaves them: a lane has two outputs of two tokens.
+template <int W>
+using Sums = float4[kBands][W][32];
 
 template <int bits, int W>
 struct Shared {
-  Stage<bits, W> stage[kTileWarps][kStages];
-  float4 sum[kTileWarps + kOutlierWarps][kBands][W][32];  // as mma() leaves them: a lane has two outputs of two tokens
+  union {  // a warp that takes tiles has sums when it has done with its ring
+    Stage<bits, W> stage[kStages<bits, W>];
+    Sums<W> sum;
+  } ring[kTileWarps];
+  Sums<W> outlier_sum[kOutlierWarps];
+
+  __device__ Sums<W>& sum(int warp) { return warp < kTileWarps ? ring[warp].sum : outlier_sum[warp - kTileWarps]; }
 };
 
 // What a lane of a block works on.
@@ -71,7 +83,9 @@ struct TileWarp {
   uint32_t ring_lane;      // shared address of the lane's first piece
   const uint4* weight;
   const T* x[W];
-  const char* side = nullptr;  // scales, 128 bytes a group by 8 lanes, or zeros, 64 bytes by 4; twice as many lanes for two groups
+  // The lane's 16 bytes of a group's scales, 128 or as f32 256 bytes, or zeros, 64 bytes, of one of a tile's two groups. Of f32 a lane
+  // has that of both: they would be the work of 32 lanes, and leave none for the zeros.
+  const char* side = nullptr;
   int side_bytes = 0, side_group = 0;
   uint32_t side_to = 0;
   float sum[kBands][W][4] = {}, total[kBands][W][4] = {};  // of a group; of all, with scales
@@ -82,8 +96,9 @@ struct TileWarp {
     for (int w = 0; w < W; ++w) x[w] = token_row<T>(part, w) + part.t * 8;
     const size_t group = size_t(blockIdx.x) * part.shares.groups;
     if (part.lane < 16) {
-      side_bytes = 128, side_group = part.lane / 8, side_to = ptx::shared(&ring->scale[side_group][part.lane % 8]);
-      side = static_cast<const char*>(op.scale) + group * 128 + part.lane % 8 * 16;
+      side_bytes = op.scale_f32 ? 256 : 128, side_group = part.lane * 16 / side_bytes;
+      side_to = ptx::shared(&ring->scale[0][0]) + part.lane % (side_bytes / 16) * 16 + side_group * sizeof(ring->scale[0]);
+      side = static_cast<const char*>(op.scale) + group * side_bytes + part.lane % (side_bytes / 16) * 16;
     } else if (part.lane < 24 && op.zero) {
       side_bytes = 64, side_group = part.lane / 4 % 2, side_to = ptx::shared(&ring->zero[side_group][part.lane % 4 * 2]);
       side = reinterpret_cast<const char*>(op.zero) + group * 64 + part.lane % 4 * 16;
@@ -93,8 +108,10 @@ struct TileWarp {
   __device__ void copy_weights(int tile, int stage) const {
     const uint4* from = weight + int64_t(tile) * (kPieces * 32);
     for (int i = 0; i < kPieces; ++i) ptx::copy_async(ring_lane + stage * sizeof(Ring) + i * 512, from + i * 32);
-    const int group = min((tile * mma::kTile >> part.shares.group_shift) + side_group, part.shares.groups - 1);
-    if (side_bytes) ptx::copy_async(side_to + stage * sizeof(Ring), side + int64_t(group) * side_bytes);
+    const int group = tile * mma::kTile >> part.shares.group_shift, last = part.shares.groups - 1;
+    const uint32_t to = side_to + stage * sizeof(Ring);
+    if (side_bytes) ptx::copy_async(to, side + int64_t(min(group + side_group, last)) * side_bytes);
+    if (op.scale_f32 && part.lane < 16) ptx::copy_async(to + sizeof(ring->scale[0]), side + int64_t(min(group + 1, last)) * side_bytes);
   }
 
   __device__ void copy_x(int tile, int stage) const {
@@ -107,7 +124,7 @@ struct TileWarp {
 
   __device__ void multiply(const Ring& from) {
     const bool halves = part.shares.group_shift == 5;  // groups of 32: each half of the tile has scales of its own
-    uint32_t scale[4], zero[2] = {0x80808080u >> (bits == 4 ? 4 : 0), 0x80808080u >> (bits == 4 ? 4 : 0)};
+    uint32_t zero[2] = {0x80808080u >> (bits == 4 ? 4 : 0), 0x80808080u >> (bits == 4 ? 4 : 0)};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int which = halves ? half : 0;
@@ -126,16 +143,25 @@ struct TileWarp {
         }
       }
       if (half == 0 && !halves) continue;
-      *reinterpret_cast<uint4*>(scale) = from.scale[which][part.g];
-      for (int band = 0; band < kBands; ++band) {
-        const float2 rows = __half22float2(pair_of<__half2>(scale[band]));
-        for (int w = 0; w < W; ++w)
-          for (int i = 0; i < 4; ++i) total[band][w][i] += sum[band][w][i] * (i < 2 ? rows.x : rows.y), sum[band][w][i] = 0;
-      }
+      add_scaled(from.scale[which]);
     }
   }
 
-  __device__ void run(int warp, float4 (*out)[W][32]) {
+  // Adds the sums of a group, times the scales.
+  __device__ void add_scaled(const uint4* from) {
+    float scale[kBands * 2];
+    if (op.scale_f32) {
+      for (int i = 0; i < 2; ++i) *reinterpret_cast<uint4*>(scale + 4 * i) = from[part.g * 2 + i];
+    } else {
+      load8(reinterpret_cast<const __half*>(from + part.g), scale);
+    }
+    for (int band = 0; band < kBands; ++band)
+      for (int w = 0; w < W; ++w)
+        for (int i = 0; i < 4; ++i) total[band][w][i] += sum[band][w][i] * scale[2 * band + i / 2], sum[band][w][i] = 0;
+  }
+
+  __device__ void run(int warp, Sums<W>& out) {
+    constexpr int kStages = pe::kStages<bits, W>;
     const int first = part.begin + warp, count = first < part.end ? (part.end - first + kTileWarps - 1) / kTileWarps : 0;
     auto tile = [&](int i) { return first + i * kTileWarps; };
     for (int i = 0; i < kStages - 1; ++i)
@@ -154,6 +180,7 @@ struct TileWarp {
       multiply(ring[i % kStages]);
     }
     ptx::copy_wait<0>();
+    __syncwarp();  // the sums lie where other lanes may still read a tile
     for (int band = 0; band < kBands; ++band)
       for (int w = 0; w < W; ++w) {
         const float(&v)[4] = total[band][w];
@@ -221,7 +248,7 @@ struct OutlierWarp {
     }
   }
 
-  __device__ void run(int warp, float4 (*out)[W][32]) const {
+  __device__ void run(int warp, Sums<W>& out) const {
     for (int band = 0; band < kBands; ++band) {  // on their way to L2 before x is there
       const Range all = range(band, part.begin, part.end);
       for (uint32_t at = all.from + part.lane * 32; at < all.to; at += 32 * 32) ptx::prefetch(op.outlier_entry + at);
@@ -283,15 +310,15 @@ qlinear_decode_kernel(const __grid_constant__ QLinear op, const __grid_constant_
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   ptx::dependency_release();
   if (warp < kTileWarps)
-    TileWarp<T, bits, W>(part, shared.stage[warp]).run(warp, shared.sum[warp]);
+    TileWarp<T, bits, W>(part, shared.ring[warp].stage).run(warp, shared.sum(warp));
   else
-    OutlierWarp<T, W>(part).run(warp - kTileWarps, shared.sum[warp]);
+    OutlierWarp<T, W>(part).run(warp - kTileWarps, shared.sum(warp));
   __syncthreads();
   const int band = warp;  // of this warp from here on; the outliers' warps have none
   float4 sum[W] = {};
   if (band < kBands)
     for (int w = 0; w < W; ++w)
-      for (int from = 0; from < warps; ++from) add_to(sum[w], shared.sum[from][band][w][part.lane]);
+      for (int from = 0; from < warps; ++from) add_to(sum[w], shared.sum(from)[band][w][part.lane]);
   if (gridDim.y > 1 && !add_other_blocks<W>(part, band, sum)) return;
   if (band >= kBands) return;
   const int64_t output = int64_t(blockIdx.x) * mma::kTile + band * mma::kBand + part.g;
