@@ -151,10 +151,14 @@ void bind_qlinear(py::module_& m, py::class_<Program>& program) {
 void bind_elementwise(py::module_& m, py::class_<Program>& program) {
   auto embedding = bind<Embedding>(m, program, "Embedding");
   embedding.def_readwrite("m", &Embedding::m).def_readwrite("table", &Embedding::table);
-  pointer(embedding, "token", &Embedding::token), pointer(embedding, "y", &Embedding::y);
+  pointer(embedding, "token", &Embedding::token), pointer(embedding, "y", &Embedding::y), dtype(embedding, &Embedding::dtype);
   auto scatter = bind<ScatterAdd>(m, program, "ScatterAdd");
   scatter.def_readwrite("m", &ScatterAdd::m).def_readwrite("n", &ScatterAdd::n).def_readwrite("y_stride", &ScatterAdd::y_stride);
   pointer(scatter, "x", &ScatterAdd::x), pointer(scatter, "column", &ScatterAdd::column), pointer(scatter, "y", &ScatterAdd::y);
+  auto sample = bind<Sample>(m, program, "Sample");
+  sample.def_readwrite("m", &Sample::m).def_readwrite("n", &Sample::n).def_readwrite("stride", &Sample::stride);
+  pointer(sample, "logits", &Sample::logits), pointer(sample, "temperature", &Sample::temperature), pointer(sample, "seed", &Sample::seed);
+  pointer(sample, "position", &Sample::position), pointer(sample, "token", &Sample::token), dtype(sample, &Sample::dtype);
   auto norm = bind<RmsNorm>(m, program, "RmsNorm");
   norm.def_readwrite("m", &RmsNorm::m).def_readwrite("n", &RmsNorm::n).def_readwrite("eps", &RmsNorm::eps);
   pointer(norm, "x", &RmsNorm::x), pointer(norm, "weight", &RmsNorm::weight), pointer(norm, "y", &RmsNorm::y);

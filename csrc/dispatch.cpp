@@ -28,6 +28,7 @@ template std::vector<Kernel<SiluMul>>& kernels();
 template std::vector<Kernel<Transform>>& kernels();
 template std::vector<Kernel<RopeKV>>& kernels();
 template std::vector<Kernel<Attention>>& kernels();
+template std::vector<Kernel<Sample>>& kernels();
 template struct Row<QLinear>;
 template struct Row<Embedding>;
 template struct Row<ScatterAdd>;
@@ -36,6 +37,7 @@ template struct Row<SiluMul>;
 template struct Row<Transform>;
 template struct Row<RopeKV>;
 template struct Row<Attention>;
+template struct Row<Sample>;
 
 #if defined(__x86_64__)
 namespace {

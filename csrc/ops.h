@@ -106,12 +106,29 @@ struct ScatterAdd {
   int64_t y_stride = 0;
 };
 
-// y[m,k] = rows token[m] of a table of `table.n` rows: its weights alone are read, in any layout.
+// y[m,k] = rows token[m] of a table of `table.n` rows: its weights alone are read, in any layout, and rounded once to dtype. A token that
+// the table does not have gives a row of NaN.
 struct Embedding {
   int64_t m = 0;
+  Dtype dtype = Dtype::f32;        // of y
   QLinear table;
   const int64_t* token = nullptr;
   float* y = nullptr;
+};
+
+// token[i] = one of the n tokens of logits[i, :]: the largest, the first of equals; or with temperature[i] > 0 a draw from
+// softmax(logits[i, :] / temperature[i]), the same for the same seed[i] and position[i]: the largest of (logit − largest) / temperature −
+// ln e, in f32, with e by random.h: word c%4 of philox(counter {c/4, position[i], 0, 0}, key seed[i]) for token c. The kernels of all
+// devices choose the same token. It is −1, which Embedding turns into NaN, where a logit is NaN or +infinity, or all are −infinity.
+struct Sample {
+  int64_t m = 0, n = 0;
+  Dtype dtype = Dtype::f32;             // of logits
+  const float* logits = nullptr;
+  int64_t stride = 0;
+  const float* temperature = nullptr;   // nullable f32[m]: then all are greedy, and seed and position may be null
+  const int64_t* seed = nullptr;        // [m]
+  const int32_t* position = nullptr;    // [m]
+  int64_t* token = nullptr;             // [m]
 };
 
 // y[m,n] = v / sqrt(mean(v²) + eps) · weight[n] with v = x[row[i], :], or x[i, :] without `row`; after v += residual where there is

@@ -52,7 +52,7 @@ def kernels(device: int = -1) -> dict[str, list[dict]]:
 
     GPUs differ: `device` is the number of the one that CUDA rows are asked about, −1 the current one.
     """
-    every = (_C.QLinear, _C.Embedding, _C.ScatterAdd, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention)
+    every = (_C.QLinear, _C.Embedding, _C.ScatterAdd, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention, _C.Sample)
     return {op.__name__: op.kernels(device) for op in every}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_cuda_qlinear import Problem
+from weights import random_weight
 
 DTYPES = {torch.float16: 1, torch.bfloat16: 2}
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # the rounding of a value; ops.h
@@ -65,3 +67,21 @@ def test_rope_kv(device, dtype, head_dim):
         assert torch.equal(cached_v[where], rows[:, heads + kv_heads :].half()), schedule
         for old, new in ((k, cached_k), (v, cached_v)):
             assert torch.equal(old.transpose(1, 2)[others], new.transpose(1, 2)[others]), schedule
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", (4, 8))
+def test_embedding(device, dtype, bits):
+    """Bit for bit the dequantized rows, and NaN for tokens that the table does not have."""
+    shapes = ((17, 64, 32, "none"), (130, 1104, 1104, "sparse"), (70, 37, 37, "full_row"), (100, 4096 + 96, 32, "sparse"), (65, 128, 64, "dense"))
+    for case, (n, k, group, mask) in enumerate(shapes):
+        problem = Problem(device, random_weight(n, k, group, bits, case % 2 == 1, mask, scale_f32=case % 3 == 1))
+        expected = torch.cat((problem.w.dequantize().to(dtype), torch.full((2, k), torch.nan, dtype=dtype)))
+        token = torch.cat((torch.randint(0, n, (9,)), torch.tensor([0, n // 2, n - 1, -1, n])))
+        for schedule in device.schedules(seeds=1):
+            problem.place(1)
+            op, y = device.ops.Embedding(), put(device, torch.zeros(len(token), k, dtype=dtype), "y", read_only=False)
+            op.m, op.table, op.dtype, op.token, op.y = len(token), problem.op, DTYPES[dtype], put(device, token, "token").ptr, y.ptr
+            op.run(stream=device.stream, kernel="embedding_sm80")
+            found, wanted = get(y, torch.zeros(len(token), k, dtype=dtype)), expected[token]
+            assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.nan_to_num(), wanted.nan_to_num()), (case, schedule)

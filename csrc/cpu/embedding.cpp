@@ -1,4 +1,7 @@
 // Rows of a quantized table as f32, from canonical weights or from those packed for a linear: a tied head and the embedding share one copy.
+#include <algorithm>
+#include <cmath>
+
 #include "cpu/threads.h"
 #include "dispatch.h"
 #include "half.h"
@@ -48,11 +51,19 @@ struct TableRow {
 
 void embedding(const Embedding& op, void*) {
   parallel_for(op.m, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) TableRow{op.table, op.token[i]}.write(op.y + i * op.table.k);
+    for (int64_t i = begin; i < end; ++i) {
+      float* y = op.y + i * op.table.k;
+      if (op.token[i] >= 0 && op.token[i] < op.table.n)
+        TableRow{op.table, op.token[i]}.write(y);
+      else
+        std::fill(y, y + op.table.k, NAN);
+    }
   });
 }
 
-const Row<Embedding> row{{"embedding_reference", Device::cpu, Arch::any, 0, Layout::canonical, nullptr, embedding}};
+const char* refuses(const Embedding& op) { return op.table.layout == Layout::mma ? "reads no weights that are packed for a GPU" : nullptr; }
+
+const Row<Embedding> row{{"embedding_reference", Device::cpu, Arch::any, 0, Layout::canonical, refuses, embedding}};
 
 }  // namespace
 }  // namespace pe

@@ -7,6 +7,7 @@
 #include "cpu/threads.h"
 #include "dispatch.h"
 #include "half.h"
+#include "random.h"
 
 namespace pe {
 namespace {
@@ -308,6 +309,25 @@ void attention(const Attention& op, void*) {
   });
 }
 
+void sample(const Sample& op, void*) {
+  for (int64_t i = 0; i < op.m; ++i) {
+    const float* logits = op.logits + i * op.stride;
+    const bool broken = std::any_of(logits, logits + op.n, [](float l) { return !(l < INFINITY); });
+    const float largest = *std::max_element(logits, logits + op.n), temperature = op.temperature ? op.temperature[i] : 0;
+    float best = -INFINITY;
+    int64_t token = -1;
+    for (int64_t c = 0; c < op.n && !broken; ++c) {
+      float key = logits[c];
+      if (temperature > 0) {
+        const auto four = random::philox({{uint32_t(c / 4), uint32_t(op.position[i]), 0, 0}}, uint64_t(op.seed[i]));
+        key = random::race((key - largest) / temperature, four.word[c % 4]);
+      }
+      if (key > best) best = key, token = c;
+    }
+    op.token[i] = token;
+  }
+}
+
 constexpr auto cpu = Device::cpu;
 constexpr auto plain = Layout::canonical;
 
@@ -318,6 +338,7 @@ const Row<SiluMul> silu_mul_row{{"silu_mul_reference", cpu, Arch::any, 0, plain,
 const Row<Transform> transform_row{{"transform_reference", cpu, Arch::any, 0, plain, nullptr, transform}};
 const Row<RopeKV> rope_kv_row{{"rope_kv_reference", cpu, Arch::any, 0, plain, nullptr, rope_kv}};
 const Row<Attention> attention_row{{"attention_reference", cpu, Arch::any, 0, plain, nullptr, attention}};
+const Row<Sample> sample_row{{"sample_reference", cpu, Arch::any, 0, plain, nullptr, sample}};
 
 }  // namespace
 }  // namespace pe
