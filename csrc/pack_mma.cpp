@@ -100,7 +100,7 @@ size_t workspace_bytes(const QLinear& op) {
   size_t most = 0;
   for (const int width : {8, 16}) most = std::max(most, bytes(decode_split(op, width), bands, kTile * width));
   if (op.m == 0) return most;
-  for (const int tokens : {gemm_tokens(op), std::max(64, gemm_tokens(op))})  // sm_80, sm_90a
+  for (const int tokens : {gemm_tokens(op), 64})  // what is asked for; on sm_90a at least 64, and at most where shared memory is small
     most = std::max(most, bytes(gemm_split(op, tokens), gemm_blocks(op, tokens), kGemmOutputs * tokens));
   return most;
 }

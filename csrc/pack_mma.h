@@ -16,7 +16,7 @@ constexpr int kSpan = 4096;  // inputs that an outlier's entry can tell apart
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // How many blocks share the inputs of one tile of y, and how many tiles of 64 inputs each of them takes. It depends on the shape alone
-// and not on the GPU, so that every GPU gives the same bits.
+// and not on the GPU, so that GPUs that use one kernel and tile give the same bits.
 struct Split {
   int per_block, count;
 

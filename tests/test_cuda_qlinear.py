@@ -7,6 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from emu import emulator
+from emu.device import Emulated
 from weights import MASKS, random_weight
 
 from pyengine.qtensor import QTensor
@@ -33,7 +35,10 @@ def each_kernel(kernels=KERNELS):
     return pytest.mark.parametrize("kernel", kernels, indirect=True)
 # (n, k, group): minimal, odd, several tiles of outputs, inputs that several blocks share, more inputs than an outlier's entry can tell apart,
 # a group of more than a block's inputs.
-SHAPES = ((1, 32, 32), (17, 64, 64), (33, 96, 32), (35, 37, 37), (130, 104, 104), (64, 256, 128), (100, 576, 64), (70, 1536, 128), (20, 4096 + 96, 32), (40, 1100, 1100))
+SHAPES = (
+    (1, 32, 32), (17, 64, 64), (33, 96, 32), (35, 37, 37), (130, 104, 104), (64, 256, 128), (100, 576, 64), (70, 1536, 128), (20, 4096 + 96, 32),
+    (40, 1100, 1100),
+)  # fmt: skip
 
 
 def to_numpy(t: torch.Tensor) -> np.ndarray:
@@ -117,6 +122,22 @@ def test_shapes_masks_and_tokens(device, kernel, bits, dtype):
         y = problem.run(kernel, x, residual, in_place=case % 4 == 3)
         assert error(y, problem.expected(x, residual)) <= BOUND[dtype], (n, k, group, mask, m)
         device.check()
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("kernel, tokens", (("qlinear_decode_sm80", (8, 16)), ("qlinear_gemm_sm80", (64, 130))))
+def test_99_kib_of_shared_memory_are_enough(kernel, tokens, bits):
+    """Compute capability 8.9 and 8.6 run the code for 8.0 and have less: tiles that do not fit give way to smaller ones."""
+    if why := emulator.reason_to_skip():
+        pytest.skip(why)
+    ada = Emulated(*emulator.module()[:1], 89, emulator.module()[1])
+    problem = Problem(ada, random_weight(130, 1536, 128, bits, mask="sparse"))
+    for m in tokens:
+        ada.reset()
+        problem.place(m)
+        x = torch.randn(m, 1536).half()
+        assert error(problem.run(kernel, x), problem.expected(x)) <= BOUND[x.dtype]
+        ada.check()
 
 
 @each_kernel()

@@ -9,21 +9,35 @@
 
 namespace pe {
 
-int compute_capability() {
-  constexpr int kDevices = 64;  // asking CUDA costs a microsecond or two, every launch asks, so the answers are kept
-  static std::atomic<int> known[kDevices];
+namespace {
+
+struct Known {
+  std::atomic<int> capability = 0, shared = 0;
+};
+
+// Asking CUDA costs a microsecond or two and every launch asks, so the answers are kept.
+const Known& current() {
+  constexpr int kDevices = 64;
+  static Known known[kDevices];
   int device = 0;
   PE_CUDA(cudaGetDevice(&device));
-  int capability = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (!capability) {
-    int major = 0, minor = 0;
+  if (device >= kDevices) throw std::runtime_error("GPU " + std::to_string(device) + " is beyond the first 64");
+  Known& k = known[device];
+  if (!k.capability.load(std::memory_order_acquire)) {
+    int major = 0, minor = 0, shared = 0;
     PE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     PE_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    capability = major * 10 + minor;
-    if (device < kDevices) known[device].store(capability, std::memory_order_relaxed);
+    PE_CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    k.shared.store(shared, std::memory_order_relaxed);
+    k.capability.store(major * 10 + minor, std::memory_order_release);
   }
-  return capability;
+  return k;
 }
+
+}  // namespace
+
+int compute_capability() { return current().capability.load(std::memory_order_relaxed); }
+size_t shared_memory_limit() { return size_t(current().shared.load(std::memory_order_relaxed)); }
 
 const char* missing_gpu(Arch arch) {
   static const std::string none = [] {  // drivers and GPUs do not appear while a process runs

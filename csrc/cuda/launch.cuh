@@ -20,6 +20,9 @@ inline void check_cuda(cudaError_t error, const char* call) {
 // Compute capability of the calling thread's current GPU as major · 10 + minor. Throws if there is none.
 int compute_capability();
 
+// Bytes of shared memory that one block may have on it: 163 KiB on 8.0, 227 on 9.0, 99 on 8.6 and 8.9.
+size_t shared_memory_limit();
+
 // Starts kernel(args…) on `stream`. From Hopper on it may begin while the kernel before it ends: all of our kernels call
 // dependency_wait() (ptx.cuh) before they touch anything that another kernel writes.
 template <class... Params, class... Args>

@@ -194,7 +194,7 @@ void run(const QLinear& op, void* stream) {
       switch (mma::gemm_tokens(op)) {
         case 32: return start<T, bits, 32>(op, stream);
         case 64: return start<T, bits, 64>(op, stream);
-        default: return start<T, bits, 128>(op, stream);
+        default: return shared_bytes<bits, 128>() <= shared_memory_limit() ? start<T, bits, 128>(op, stream) : start<T, bits, 64>(op, stream);
       }
     };
     op.bits == 4 ? of_bits.template operator()<4>() : of_bits.template operator()<8>();

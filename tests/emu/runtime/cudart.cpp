@@ -1,5 +1,6 @@
 // Stands in for the CUDA runtime: the host objects that nvcc has built are linked with this, so their own launchers start the emulated
-// kernels. Device 0 is of compute capability 8.0, device 1 of 9.0. Only what our launchers use is here; anything else fails to link.
+// kernels. Device 0 is of compute capability 8.0, device 1 of 9.0, device 2 of 8.9, which runs the code for 8.0 in less shared memory. Only what
+// our launchers use is here, and in cudart_host.cpp what a program beside them does; anything else fails to link.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <cxxabi.h>
@@ -42,7 +43,11 @@ std::string readable(const char* name) {
   return result;
 }
 
-int shared_limit() { return options().arch == 90 ? 227 * 1024 : 163 * 1024; }
+constexpr int kCapability[] = {80, 90, 89};
+constexpr int kShared[] = {163 * 1024, 227 * 1024, 99 * 1024};
+
+int current_device() { return int(std::find(std::begin(kCapability), std::end(kCapability), options().arch) - kCapability); }
+int shared_limit() { return kShared[current_device()]; }
 
 // Null if the launch is one that a GPU would take.
 const char* refuse(const Launch& l, const Function& f) {
@@ -61,7 +66,7 @@ const char* refuse(const Launch& l, const Function& f) {
 
 cudaError_t launch(const void* host, dim3 grid, dim3 block, void** args, size_t shared_bytes, void* stream, dim3 cluster, bool overlaps) {
   auto f = functions().find(host);
-  const Kernel* kernel = f == functions().end() ? nullptr : find_kernel(f->second.name, options().arch);
+  const Kernel* kernel = f == functions().end() ? nullptr : find_kernel(f->second.name, options().arch / 10 * 10);
   if (!kernel) return fail(cudaErrorInvalidDeviceFunction);
   Launch& l = new_launch();
   l.kernel = kernel, l.options = options();
@@ -161,34 +166,34 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 2;
+  *count = int(std::size(kCapability));
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = options().arch == 90;
+  *device = current_device();
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device > 1) return fail(cudaErrorInvalidDevice);
-  options().arch = device ? 90 : 80;
+  if (device < 0 || device >= int(std::size(kCapability))) return fail(cudaErrorInvalidDevice);
+  options().arch = kCapability[device];
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
-      *value = device ? 9 : 8;
+      *value = kCapability[device] / 10;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = kCapability[device] % 10;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       *value = 4;
       return cudaSuccess;  // few: grids that are sized by it stay small
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = device ? 227 * 1024 : 163 * 1024;
+      *value = kShared[device];
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = device ? 228 * 1024 : 164 * 1024;
+      *value = kShared[device] + 1024;
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
       *value = 40 << 20;
