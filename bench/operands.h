@@ -39,11 +39,30 @@ T* keep(std::vector<Buffer>& owned, size_t count) {
   return owned.back().as<T>();
 }
 
-inline float* random_floats(std::vector<Buffer>& owned, Random& random, size_t count) {
-  float* f = keep<float>(owned, count);
-  for (size_t i = 0; i < count; ++i) f[i] = random.uniform() * 2 - 1;
+// f16 or bf16, nearest even, and back.
+inline uint16_t to_bits(float value, pe::Dtype dtype) {
+  if (dtype == pe::Dtype::f16) return pe::float_to_half(value);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float from_bits(uint16_t value, pe::Dtype dtype) {
+  if (dtype == pe::Dtype::f16) return pe::half_to_float(value);
+  const uint32_t bits = uint32_t(value) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
   return f;
 }
+
+inline float* random_floats(std::vector<Buffer>& owned, Random& random, size_t count, pe::Dtype dtype = pe::Dtype::f32) {
+  float* f = keep<float>(owned, count);
+  for (size_t i = 0; i < count; ++i) {
+    const float value = random.uniform() * 2 - 1;
+    f[i] = dtype == pe::Dtype::f32 ? value : from_bits(to_bits(value, dtype), dtype);
+  }
+  return f;
+}
+inline double value_bytes(const Spec& s) { return s.dtype == pe::Dtype::f32 ? 4 : 2; }
 
 inline uint16_t* random_halves(std::vector<Buffer>& owned, Random& random, size_t count) {
   uint16_t* h = keep<uint16_t>(owned, count);

@@ -1,5 +1,6 @@
 #include "options.h"
 
+#include <array>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
@@ -13,18 +14,22 @@ namespace bench {
 const char* const kHelp = R"(qbench: how fast each kernel of PyEngine's dispatch table is, against what this machine can do.
 
   --list             the kernels of every op, and what this machine lacks for them
+  --device cpu|cuda  whose kernels are timed (default cpu), and listed if it is given
   --op NAME          qlinear, rmsnorm, silu_mul, rope_kv or attention (default: all)
   --shape M,N,K      tokens, outputs, inputs of a linear; M,N of rmsnorm and silu_mul; M,HEADS,KV_HEADS,HEAD_DIM of the others
   --model NAME       the layers of llama-3-8b, llama-2-7b, qwen2.5-7b or smollm2-135m (default: smollm2-135m)
   --tokens M,M,...   with --model: tokens at a time (default 1)
   --kernel NAME      only this one, even the reference (default: all but the reference that take the problem)
   --check            compare with the reference before timing; a kernel that is wrong ends the run with exit code 1
+  --check-only       the same, and no timing: a single run of each kernel
   --bits 4|8  --group 32|64|128|0  --act-bits 8|16     of the linears (default 4, 128, 16; group 0 is a whole row)
   --outliers SHARE   of their weights in FP16 (default 0.01)
   --mask skewed|uniform   outliers crowd into some rows and columns, as gradients choose them (default), or not
   --columns SHARE    of their inputs in FP16 as whole columns (default 0)
   --context N        tokens that a decode step of attention looks back on (default 512)
-  --cold MIB         weights and KV cache are copied until they take this much and used in turn, so that they come from memory (default 512).
+  --dtype f16|bf16   of the activations on a GPU (default f16)
+  --cold MIB         weights and KV cache are copied until they take this much and used in turn, so that they come from memory (default 512; on a GPU
+                     twice its L2 cache).
                      A virtual machine may report the cache of its whole host; what counts is where the read bandwidth stops falling.
                      0: the same weights again and again, from whatever cache holds them
   --threads N        (default: all cores)
@@ -32,7 +37,9 @@ const char* const kHelp = R"(qbench: how fast each kernel of PyEngine's dispatch
 
 A line is a median of at least 20 runs. GB/s counts weights, activations and results once, GOP/s a multiply-add as two. `of peak` is the time that
 weights and cache would need at the measured bandwidth, or the operations at the measured rate, whichever is longer, over the time it took. fp32
-and bf16 are a plain blocked product with dense weights of that type (bench/dense.cpp), cold as well.
+and bf16 are a plain blocked product with dense weights of that type (bench/dense.cpp), cold as well. On a GPU a line is a median of 21 replays of
+a CUDA graph of many calls, the peaks are a copy and cuBLAS's products of 8192 x 8192 x 8192, and fp16 is cuBLAS's with dense weights, cold as
+well, and its time over the kernel's; - where libcublasLt is not found (LD_LIBRARY_PATH may name its folder).
 )";
 
 namespace {
@@ -55,6 +62,11 @@ T number(const std::string& option, const std::string& text) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size()) throw WrongUsage(option + " is '" + text + "', expected a number");
   return value;
+}
+
+std::string one_of(const std::string& option, const std::string& text, const std::array<std::string, 2>& known) {
+  if (text != known[0] && text != known[1]) throw WrongUsage(option + " is '" + text + "', expected " + known[0] + " or " + known[1]);
+  return text;
 }
 
 std::vector<int64_t> numbers(const std::string& option, const std::string& text) {
@@ -169,6 +181,7 @@ Options parse(int argc, char** argv) {
   Options o;
   const std::map<std::string, std::function<void()>> flags = {{"--list", [&] { o.list = true; }},
                                                               {"--check", [&] { o.check = true; }},
+                                                              {"--check-only", [&] { o.check = o.check_only = true; }},
                                                               {"--json", [&] { o.json = true; }},
                                                               {"--help", [&] { o.help = true; }}};
   using Text = const std::string&;
@@ -185,12 +198,10 @@ Options parse(int argc, char** argv) {
       {"--outliers", [&](Text name, Text v) { o.spec.outliers = number<double>(name, v); }},
       {"--columns", [&](Text name, Text v) { o.spec.columns = number<double>(name, v); }},
       {"--context", [&](Text name, Text v) { o.spec.context = number<int64_t>(name, v); }},
-      {"--cold", [&](Text name, Text v) { o.cold_bytes = size_t(number<uint32_t>(name, v)) << 20; }},
-      {"--mask",
-       [&](Text, Text v) {
-         if (v != "skewed" && v != "uniform") throw WrongUsage("--mask is '" + v + "', expected skewed or uniform");
-         o.spec.skewed = v == "skewed";
-       }},
+      {"--cold", [&](Text name, Text v) { o.cold_given = true, o.cold_bytes = size_t(number<uint32_t>(name, v)) << 20; }},
+      {"--device", [&](Text name, Text v) { o.device = one_of(name, v, {"cpu", "cuda"}); }},
+      {"--dtype", [&](Text name, Text v) { o.dtype = one_of(name, v, {"f16", "bf16"}) == "f16" ? pe::Dtype::f16 : pe::Dtype::bf16; }},
+      {"--mask", [&](Text name, Text v) { o.spec.skewed = one_of(name, v, {"skewed", "uniform"}) == "skewed"; }},
   };
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
@@ -204,6 +215,7 @@ Options parse(int argc, char** argv) {
     }
   }
   check(o);
+  if (o.device == "cuda") o.spec.dtype = o.dtype;
   return o;
 }
 

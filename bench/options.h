@@ -12,10 +12,13 @@
 namespace bench {
 
 struct Options {
-  bool list = false, check = false, json = false, help = false;
+  bool list = false, check = false, check_only = false, json = false, help = false;
   std::string op, kernel, model;
+  std::string device;  // "cpu" or "cuda"; empty: the CPU's are timed, all are listed
+  pe::Dtype dtype = pe::Dtype::f16;
   std::vector<int64_t> shape, tokens = {1};
   int threads = 0;  // 0: all cores
+  bool cold_given = false;
   size_t cold_bytes = size_t(512) << 20;
   Spec spec;
 };

@@ -113,7 +113,8 @@ Problem<QLinear>::Problem(const Spec& s) {
   op_.scale = scale;
   if (s.columns > 0) add_columns(op_, s, weight, owned_, random);
   if (s.outliers > 0) add_outliers(op_, s, weight, owned_, random);
-  op_.x = random_floats(owned_, random, size_t(s.m * s.k)), op_.x_stride = s.k;
+  op_.x = random_floats(owned_, random, size_t(s.m * s.k), s.dtype), op_.x_stride = s.k;
+  value_bytes_ = value_bytes(s);
   op_.y = keep<float>(owned_, size_t(s.m * s.n)), op_.y_stride = s.n;
   give_workspace(op_, owned_);
 }
@@ -132,7 +133,7 @@ double Problem<QLinear>::cold_bytes() const {
 
 template <>
 double Problem<QLinear>::bytes() const {
-  return cold_bytes() + 4.0 * double(op_.m) * double(op_.n + op_.k);
+  return cold_bytes() + value_bytes_ * double(op_.m) * double(op_.n + op_.k);
 }
 
 template <>
@@ -203,7 +204,8 @@ template <>
 Problem<RmsNorm>::Problem(const Spec& s) {
   Random random(1);
   op_.m = s.m, op_.n = s.n, op_.eps = 1e-5f;
-  op_.x = random_floats(owned_, random, size_t(s.m * s.n));
+  op_.x = random_floats(owned_, random, size_t(s.m * s.n), s.dtype);
+  value_bytes_ = value_bytes(s);
   op_.weight = random_floats(owned_, random, size_t(s.n));
   op_.y = keep<float>(owned_, size_t(s.m * s.n));
 }
@@ -213,14 +215,15 @@ double Problem<RmsNorm>::operations() const {
 }
 template <>
 double Problem<RmsNorm>::bytes() const {
-  return 4.0 * double(2 * op_.m + 1) * double(op_.n);
+  return (2 * value_bytes_ * double(op_.m) + 4) * double(op_.n);
 }
 
 template <>
 Problem<SiluMul>::Problem(const Spec& s) {
   Random random(1);
   op_.m = s.m, op_.n = s.n;
-  op_.x = random_floats(owned_, random, size_t(s.m * 2 * s.n));
+  op_.x = random_floats(owned_, random, size_t(s.m * 2 * s.n), s.dtype);
+  value_bytes_ = value_bytes(s);
   op_.y = keep<float>(owned_, size_t(s.m * s.n));
 }
 template <>
@@ -229,7 +232,7 @@ double Problem<SiluMul>::operations() const {
 }
 template <>
 double Problem<SiluMul>::bytes() const {
-  return 12.0 * double(op_.m) * double(op_.n);
+  return 3 * value_bytes_ * double(op_.m) * double(op_.n);
 }
 
 namespace {

@@ -22,6 +22,7 @@ struct Spec {
   int bits = 4, act_bits = 16;
   double outliers = 0.01;
   double columns = 0;   // share of the inputs that stay FP16 whole
+  pe::Dtype dtype = pe::Dtype::f32;  // of the activations: f16 and bf16 are for a GPU. A Problem holds them as f32, rounded to it
   bool skewed = true;  // outliers crowd into some rows and columns, as masks chosen by gradients do; else each weight has the same chance
 };
 
@@ -67,6 +68,7 @@ class Problem {
  private:
   Op op_;
   std::vector<Buffer> owned_;
+  double value_bytes_ = 4;    // of an activation
 };
 
 // Which error a kernel may have (ops.h states the bounds): rank 4 multiplies bf16 on matrix units, rank 3 may take float activations as

@@ -103,7 +103,8 @@ Problem<RopeKV>::Problem(const Spec& s) {
   Random random(1);
   Sequences sequences(op_, s, owned_, random);
   op_.qkv_stride = (s.heads + 2 * s.kv_heads) * s.head_dim;
-  op_.qkv = random_floats(owned_, random, size_t(s.m * op_.qkv_stride));
+  op_.qkv = random_floats(owned_, random, size_t(s.m * op_.qkv_stride), s.dtype);
+  value_bytes_ = value_bytes(s);
   const int64_t half = s.head_dim / 2;
   auto *cos = keep<float>(owned_, size_t(sequences.length * half)), *sin = keep<float>(owned_, size_t(sequences.length * half));
   for (int64_t i = 0; i < sequences.length * half; ++i) {
@@ -125,8 +126,8 @@ double Problem<RopeKV>::cold_bytes() const {
 
 template <>
 double Problem<RopeKV>::bytes() const {
-  const int64_t read = op_.qkv_stride + op_.head_dim, turned = op_.heads * op_.head_dim, cached = op_.kv_heads * op_.head_dim;
-  return double(op_.m) * (4.0 * double(read + turned) + 4.0 * double(cached));
+  const int64_t turned = op_.heads * op_.head_dim, cached = op_.kv_heads * op_.head_dim;
+  return double(op_.m) * (value_bytes_ * double(op_.qkv_stride + turned) + 4.0 * double(op_.head_dim + cached));
 }
 
 template <>

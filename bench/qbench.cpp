@@ -10,37 +10,15 @@
 #include "dense.h"
 #include "options.h"
 #include "problem.h"
+#include "report.h"
 #include "roofline.h"
+#include "rows.h"
 
 namespace bench {
 namespace {
 
 constexpr int kLeastRuns = 20, kMostRuns = 1000;
 constexpr double kSecondsPerRow = 0.3;  // many runs of a short op: one is shorter than a scheduler's whim
-
-struct Line {
-  std::string op, kernel;
-  Spec spec;
-  double us = 0, gb_s = 0, gop_s = 0;
-  std::optional<double> of_peak = {}, fp32_us = {}, bf16_us = {}, error = {};
-  int copies = 1;
-};
-
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    out += c;
-  }
-  return out + '"';
-}
-
-std::string real(std::optional<double> value) {
-  if (!value || !std::isfinite(*value)) return "null";
-  char text[32];
-  std::snprintf(text, sizeof text, "%.6g", *value);
-  return text;
-}
 
 std::string cpu_name() {
   std::ifstream file("/proc/cpuinfo");
@@ -92,113 +70,36 @@ Line measure(const std::string& name, const pe::Kernel<Op>& kernel, const Proble
       throw std::runtime_error(text);
     }
   }
+  if (o.check_only) return line;
   const auto prepared = problem.prepare(kernel, o.cold_bytes);
   line.copies = int(prepared.copies.size());
-  line.us = timed(line.copies, [&](int i) { kernel.run(prepared.copies[size_t(i)], nullptr); });
-  line.gb_s = problem.bytes() / line.us / 1e3, line.gop_s = problem.operations() / line.us / 1e3;
-  if (const auto least = least_us(problem, roofline, o.cold_bytes)) line.of_peak = *least / line.us;
+  const double us = timed(line.copies, [&](int i) { kernel.run(prepared.copies[size_t(i)], nullptr); });
+  line.us = us, line.gb_s = problem.bytes() / us / 1e3, line.gop_s = problem.operations() / us / 1e3;
+  if (const auto least = least_us(problem, roofline, o.cold_bytes)) line.of_peak = *least / us;
   return line;
 }
 
-// The rows to time: the one that is named, else all that can run the problem but the oracle.
-template <class Op>
-std::vector<const pe::Kernel<Op>*> chosen(const Op& op, const std::string& named) {
-  if (!named.empty()) {
-    const auto& kernel = pe::choose(op, named);
-    if (kernel.device != pe::Device::cpu) throw std::runtime_error(named + " runs on a GPU, whose kernels qbench does not time");
-    return {&kernel};
-  }
-  std::vector<const pe::Kernel<Op>*> all;
-  for (const auto& kernel : pe::kernels<Op>())
-    if (kernel.device == pe::Device::cpu && kernel.rank > 0 && pe::refusal(kernel, op).empty()) all.push_back(&kernel);
-  if (all.empty()) all.push_back(&pe::choose(op));
-  return all;
-}
-
-const char* kColumns = "%-9s %-18s %-8s %-26s %10s %8s %9s %8s %10s %10s %9s\n";
-
-void print_header() {
-  std::printf(kColumns, "op", "kernel", "layer", "shape", "us", "GB/s", "GOP/s", "of peak", "fp32 us", "bf16 us", "error");
-}
-
-void print(const Line& l) {
-  const Spec& s = l.spec;
-  char shape[64], columns[7][24];
-  if (s.k)
-    std::snprintf(shape, sizeof shape, "%lldx%lldx%lld w%da%d g%lld", (long long)s.m, (long long)s.n, (long long)s.k, s.bits, s.act_bits,
-                  (long long)s.group);
-  else if (l.op == "attention" || l.op == "rope_kv")
-    std::snprintf(shape, sizeof shape, "%lld, %lld/%lld heads of %lld", (long long)s.m, (long long)s.heads, (long long)s.kv_heads,
-                  (long long)s.head_dim);
-  else
-    std::snprintf(shape, sizeof shape, "%lldx%lld", (long long)s.m, (long long)s.n);
-  auto column = [&](int i, const char* format, std::optional<double> value) {
-    value ? std::snprintf(columns[i], sizeof columns[i], format, *value) : std::snprintf(columns[i], sizeof columns[i], "-");
-  };
-  column(0, "%.1f", l.us), column(1, "%.2f", l.gb_s), column(2, "%.1f", l.gop_s),
-      column(3, "%.0f %%", l.of_peak ? std::optional(*l.of_peak * 100) : std::nullopt);
-  column(4, "%.1f", l.fp32_us), column(5, "%.1f", l.bf16_us), column(6, "%.1e", l.error);
-  std::printf(kColumns, l.op.c_str(), l.kernel.c_str(), s.label.c_str(), shape, columns[0], columns[1], columns[2], columns[3], columns[4],
-              columns[5], columns[6]);
-  std::fflush(stdout);
-}
-
-std::string json(const Line& l) {
-  const Spec& s = l.spec;
-  std::string out = "{\"op\": " + quoted(l.op) + ", \"kernel\": " + quoted(l.kernel) + ", \"layer\": " + quoted(s.label);
-  auto add = [&](const char* key, const std::string& value) { out += std::string(", \"") + key + "\": " + value; };
-  auto whole = [&](const char* key, int64_t value) { add(key, std::to_string(value)); };
-  whole("m", s.m);
-  if (s.k) {
-    whole("n", s.n), whole("k", s.k), whole("bits", s.bits), whole("act_bits", s.act_bits), whole("group", s.group);
-    add("outliers", real(s.outliers)), add("columns", real(s.columns)), add("mask", s.skewed ? "\"skewed\"" : "\"uniform\"");
-  } else if (l.op == "attention" || l.op == "rope_kv") {
-    whole("heads", s.heads), whole("kv_heads", s.kv_heads), whole("head_dim", s.head_dim), whole("context", s.m > 16 ? s.m : s.context);
-  } else {
-    whole("n", s.n);
-  }
-  whole("copies", l.copies);
-  add("us", real(l.us)), add("gb_s", real(l.gb_s)), add("gop_s", real(l.gop_s)), add("of_peak", real(l.of_peak));
-  add("fp32_us", real(l.fp32_us)), add("bf16_us", real(l.bf16_us)), add("error", real(l.error));
-  return out + "}";
-}
-
-std::string json(const Roofline& r, size_t cold) {
-  return "{\"cpu\": " + quoted(cpu_name()) + ", \"threads\": " + std::to_string(pe::threads()) +
-         ", \"cold_mib\": " + std::to_string(cold >> 20) + ", \"read_gb_s\": " + real(r.read_gb_s) +
+std::string json(const Roofline& r, const Options& o) {
+  const std::string machine = "{\"cpu\": " + quoted(cpu_name()) + ", \"threads\": " + std::to_string(pe::threads());
+  if (o.check_only) return machine + "}";
+  return machine + ", \"cold_mib\": " + std::to_string(o.cold_bytes >> 20) + ", \"read_gb_s\": " + real(r.read_gb_s) +
          ", \"fp32_gop_s\": " + real(r.fp32_gop_s) + ", \"vnni_gop_s\": " + real(r.vnni_gop_s) + ", \"bf16_gop_s\": " + real(r.bf16_gop_s) +
          ", \"amx_int8_gop_s\": " + real(r.amx_int8_gop_s) + ", \"amx_bf16_gop_s\": " + real(r.amx_bf16_gop_s) + "}";
 }
 
-// These move a few rows with the reference alone: they are listed, not timed.
+// The others are only listed.
 template <class Op>
-constexpr bool benchmarked = !std::is_same_v<Op, pe::Embedding> && !std::is_same_v<Op, pe::ScatterAdd>;
-
-// Calls visit<Op>(name) for every op, or the one that is named.
-template <class F>
-void each_op(const std::string& named, F&& visit) {
-  bool found = false;
-  auto one = [&]<class Op>(const char* name) {
-    if (!named.empty() && named != name) return;
-    found = true;
-    visit.template operator()<Op>(name);
-  };
-  one.template operator()<pe::QLinear>("qlinear");
-  one.template operator()<pe::Embedding>("embedding");
-  one.template operator()<pe::ScatterAdd>("scatter_add");
-  one.template operator()<pe::RmsNorm>("rmsnorm");
-  one.template operator()<pe::SiluMul>("silu_mul");
-  one.template operator()<pe::RopeKV>("rope_kv");
-  one.template operator()<pe::Attention>("attention");
-  if (!found) throw std::runtime_error("--op is '" + named + "', known are qlinear embedding scatter_add rmsnorm silu_mul rope_kv attention");
-}
+constexpr bool benchmarked = !std::is_same_v<Op, pe::Embedding> && !std::is_same_v<Op, pe::ScatterAdd> && !std::is_same_v<Op, pe::Transform> &&
+                             !std::is_same_v<Op, pe::Sample>;
 
 void list(const Options& o) {
   std::string separator = "{\"kernels\": [";
   each_op(o.op, [&]<class Op>(const char* name) {
     for (const auto& kernel : pe::kernels<Op>()) {
       const char *device = kernel.device == pe::Device::cpu ? "cpu" : "cuda", *why = pe::missing(kernel.arch);
-      const std::string layout = kernel.layout == pe::Layout::canonical ? "canonical" : "tile" + std::to_string(int(kernel.layout));
+      if (!o.device.empty() && o.device != device) continue;
+      const int lanes = int(kernel.layout);
+      const std::string layout = lanes == 0 ? "canonical" : lanes == 1 ? "mma" : "tile" + std::to_string(lanes);
       if (o.json) {
         std::printf("%s\n{\"op\": \"%s\", \"name\": %s, \"device\": \"%s\", \"rank\": %d, \"layout\": \"%s\", \"missing\": %s}",
                     separator.c_str(), name, quoted(kernel.name).c_str(), device, kernel.rank, layout.c_str(),
@@ -209,14 +110,7 @@ void list(const Options& o) {
       }
     }
   });
-  if (o.json) std::puts("]}");
-}
-
-// A kernel belongs to one op: its name picks it.
-template <class Op>
-bool wanted(const Options& o) {
-  const auto& rows = pe::kernels<Op>();
-  return o.kernel.empty() || std::any_of(rows.begin(), rows.end(), [&](const auto& row) { return o.kernel == row.name; });
+  if (o.json) std::printf("%s]}\n", separator.size() > 1 ? separator.c_str() : "");
 }
 
 // Refuses what cannot be run before seconds are spent on the machine's peaks.
@@ -226,8 +120,9 @@ void check_names_and_shapes(const Options& o) {
   each_op(o.op, [&]<class Op>(const char* name) {
     if (!wanted<Op>(o)) return;
     known = true;
+    check_device<Op>(o);
     if constexpr (benchmarked<Op>) (void)specs(name, o);
-    else if (!o.op.empty()) throw std::runtime_error(std::string(name) + " is only listed: it has no kernel to choose or to time");
+    else if (!o.op.empty()) throw std::runtime_error(std::string(name) + " is only listed, not timed");
   });
   if (!known) throw std::runtime_error("no kernel" + (o.op.empty() ? "" : " of " + o.op) + " is called '" + o.kernel + "'");
 }
@@ -238,8 +133,9 @@ void measure_op(const char* name, const Options& o, const Roofline& roofline, st
   for (const Spec& spec : specs(name, o)) {
     const Problem<Op> problem(spec);
     std::optional<double> fp32, bf;
-    if constexpr (std::is_same_v<Op, pe::QLinear>) fp32 = dense_us<float>(spec, o.cold_bytes), bf = dense_us<bf16>(spec, o.cold_bytes);
-    for (const auto* kernel : chosen(problem.op(), o.kernel)) {
+    if constexpr (std::is_same_v<Op, pe::QLinear>)
+      if (!o.check_only) fp32 = dense_us<float>(spec, o.cold_bytes), bf = dense_us<bf16>(spec, o.cold_bytes);
+    for (const auto* kernel : chosen(problem.op(), o.kernel, pe::Device::cpu)) {
       lines.push_back(measure(name, *kernel, problem, spec, o, roofline));
       lines.back().fp32_us = fp32, lines.back().bf16_us = bf;
       if (!o.json) print(lines.back());
@@ -255,28 +151,32 @@ std::vector<Line> measure_all(const Options& o, const Roofline& roofline) {
   return lines;
 }
 
+#if !defined(PE_CUDA_BUILT)
+int run_on_gpu(const Options&) { throw std::runtime_error(pe::missing(pe::Arch::sm80)); }
+#endif
+
 int run(const Options& o) {
   if (o.help) return std::fputs(kHelp, stdout), 0;
   if (o.threads) pe::set_threads(o.threads);
   if (o.list) return list(o), 0;
   check_names_and_shapes(o);
+  if (o.device == "cuda") return run_on_gpu(o);
   Roofline roofline;
-  {
+  if (!o.check_only) {
     const Buffer memory(size_t(512) << 20);
     std::memset(memory.as<char>(), 1, memory.bytes());
     roofline = measure_roofline(memory.as<char>(), memory.bytes());
   }
-  if (!o.json) {
+  if (!o.json && !o.check_only)
     std::printf(
         "%s, %d threads: reads %.1f GB/s; fp32 %.0f, bf16 %.0f, vnni %.0f, AMX bf16 %.0f, AMX int8 %.0f GOP/s. Weights rotate through %zu "
         "MiB.\n\n",
         cpu_name().c_str(), pe::threads(), roofline.read_gb_s, roofline.fp32_gop_s, roofline.bf16_gop_s, roofline.vnni_gop_s,
         roofline.amx_bf16_gop_s, roofline.amx_int8_gop_s, o.cold_bytes >> 20);
-    print_header();
-  }
+  if (!o.json) print_header(false);
   const auto lines = measure_all(o, roofline);
   if (!o.json) return 0;
-  std::printf("{\"machine\": %s, \"rows\": [", json(roofline, o.cold_bytes).c_str());
+  std::printf("{\"machine\": %s, \"rows\": [", json(roofline, o).c_str());
   for (size_t i = 0; i < lines.size(); ++i) std::printf("%s\n%s", i ? "," : "", json(lines[i]).c_str());
   std::puts("]}");
   return 0;

@@ -13,8 +13,8 @@ from pyengine import ops
 
 BINARY = Path(__file__).resolve().parents[1] / "build" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "qbench"
 NAMES = {
-    "QLinear": "qlinear", "Embedding": "embedding", "ScatterAdd": "scatter_add", "RmsNorm": "rmsnorm", "SiluMul": "silu_mul", "RopeKV": "rope_kv",
-    "Attention": "attention",
+    "QLinear": "qlinear", "Embedding": "embedding", "ScatterAdd": "scatter_add", "RmsNorm": "rmsnorm", "SiluMul": "silu_mul",
+    "Transform": "transform", "RopeKV": "rope_kv", "Attention": "attention", "Sample": "sample",
 }  # fmt: skip
 TABLE = [{"op": NAMES[op], **row} for op, rows in ops.kernels().items() for row in rows]
 # One shape and options of a linear that every kind of row takes, and shapes of the others, small and uneven.
@@ -42,6 +42,19 @@ def test_list_is_the_dispatch_table():
     assert [{k: row[k] for k in key} for row in listed] == [{k: row[k] for k in key} for row in TABLE]
     lines = qbench("--list").stdout.splitlines()
     assert [line.split()[1] for line in lines] == [row["name"] for row in TABLE]
+
+
+def test_list_of_one_device():
+    for device in ("cpu", "cuda"):
+        listed = json.loads(qbench("--list", "--json", "--device", device).stdout)["kernels"]
+        assert [row["name"] for row in listed] == [row["name"] for row in TABLE if row["device"] == device]
+
+
+@pytest.mark.skipif(all(row["missing"] is None for row in TABLE if row["device"] == "cuda"), reason="this machine has a GPU, or the build has no CUDA")
+def test_without_a_gpu_it_says_so_at_once():
+    for arguments in ((), ("--op", "qlinear", "--shape", "1,64,64", "--check", "--json"), ("--kernel", "rmsnorm_sm80")):
+        done = qbench("--device", "cuda", *arguments)
+        assert done.returncode == 1 and not done.stdout and done.stderr.startswith("qbench: no CUDA device: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("op", PROBLEMS)
@@ -97,6 +110,9 @@ def test_text_has_a_line_for_each_row():
         (["--op", "qlinear", "--shape", "1,4,x"], 2, "'x', expected a number"),
         (["--threads", "99999999999999"], 2, "expected a number"),
         (["--mask", "round"], 2, "expected skewed or uniform"),
+        (["--device", "tpu"], 2, "expected cpu or cuda"),
+        (["--dtype", "f32"], 2, "expected f16 or bf16"),
+        (["--device", "cuda", "--kernel", "silu_mul_reference"], 1, "silu_mul_reference runs on the CPU"),
         (["--op", "convolution"], 1, "known are qlinear"),
         (["--kernel", "gemm"], 1, "no kernel is called 'gemm'"),
         (["--model", "gpt-2"], 1, "known are llama-2-7b"),
