@@ -151,10 +151,6 @@ std::vector<Line> measure_all(const Options& o, const Roofline& roofline) {
   return lines;
 }
 
-#if !defined(PE_CUDA_BUILT)
-int run_on_gpu(const Options&) { throw std::runtime_error(pe::missing(pe::Arch::sm80)); }
-#endif
-
 int run(const Options& o) {
   if (o.help) return std::fputs(kHelp, stdout), 0;
   if (o.threads) pe::set_threads(o.threads);
@@ -183,6 +179,11 @@ int run(const Options& o) {
 }
 
 }  // namespace
+
+#if !defined(PE_CUDA_BUILT)
+int run_on_gpu(const Options&) { throw std::runtime_error(pe::missing(pe::Arch::sm80)); }
+#endif
+
 }  // namespace bench
 
 int main(int argc, char** argv) {
