@@ -32,7 +32,7 @@ ROWS = {
     "LT, clips (LCT)": {"scale": False},
     "LT, PS, LCT": {},
     "LT, PS, LCT by Cayley maps": {"parametrisation": "cayley"},
-    "as published: random rotations, alpha 0.3": {"start": random_orthogonal, "alpha": 0.3, "rate": 5e-3, "clip_rate": 5e-2},
+    "random rotations, alpha 0.3, the paper's rates": {"start": random_orthogonal, "alpha": 0.3, "rate": 5e-3, "clip_rate": 5e-2},
 }
 
 

