@@ -56,7 +56,7 @@ ROWS = {
     "GWQ": {"method": "gwq"},
     "GWQ, 0.63 %": {"method": "gwq", "outliers": 0.0063},
     "GWQ, text of its own": {"method": "gwq", "calib": None},
-    "GWQ, global": {"method": "gwq", "scope": "global"},
+    "GWQ, by matrix": {"method": "gwq", "scope": "tensor"},
     "GWQ, by row": {"method": "gwq", "scope": "row"},
     "GWQ, structured": {"method": "gwq", "scope": "structured"},
     "GWQ, columns": {"method": "gwq", "scope": "columns"},

@@ -42,7 +42,7 @@ HELPERS = (
     "transforms",
 )  # fmt: skip
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
-VERSION = 1  # of what is written: one more when the same options give other bytes
+VERSION = 2  # of what is written: one more when the same options give other bytes
 
 
 def methods() -> list[str]:

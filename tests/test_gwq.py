@@ -133,6 +133,7 @@ def test_scopes_look_at_the_same_scores(model, batches, scope):
     with pytest.raises(ValueError, match="does not compare across matrices"):
         gwq.complete(Spec(score="hdiag_dw2", scope="global"))
     assert gwq.complete(Spec(scope="columns")).score == "hdiag_dw2"
+    assert [gwq.complete(Spec(score=s)).scope for s in (None, "sq_g", "hdiag_dw2", "abs_w")] == ["global", "global", "tensor", "tensor"]
 
 
 @pytest.mark.parametrize("score", ["abs_g", "sq_g"])
