@@ -94,7 +94,7 @@ void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
 
 size_t workspace_bytes(const QLinear& op) {
   auto bytes = [](Split split, int64_t outputs, int64_t sums) {
-    return split.count > 1 ? counter_bytes(outputs) + size_t(outputs * split.count * sums) * 4 : 0;
+    return split.count > 1 ? kCounterBytes + size_t(outputs * split.count * sums) * 4 : 0;
   };
   const int64_t bands = blocks_of(op.n, kTile);
   size_t most = 0;

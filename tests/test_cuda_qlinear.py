@@ -241,3 +241,14 @@ def test_a_kernel_says_what_it_refuses(device, kernel):
                 op.choose(kernel)
         else:
             assert op.choose(kernel) == kernel
+
+
+def test_ops_of_one_stream_share_a_workspace(device):
+    """What one leaves as sums must not be another's counters: more tiles of outputs, whose inputs several blocks share, come second."""
+    first, second = Problem(device, random_weight(64, 1024, 128)), Problem(device, random_weight(64 * 70, 1024, 128))
+    x = torch.randn(1, 1024).half()
+    for problem in (first, second):
+        problem.place(1)
+    first.op.workspace = second.op.workspace
+    for problem in (first, second):
+        assert error(problem.run("qlinear_decode_sm80", x), problem.expected(x)) <= BOUND[x.dtype]

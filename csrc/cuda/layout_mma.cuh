@@ -29,9 +29,8 @@ struct Shares {
   float4* sums;
 };
 
-// `outputs`: tiles of y.
-inline Shares shares_of(const QLinear& op, const mma::Split& split, int64_t outputs) {
-  char* sums = static_cast<char*>(op.workspace) + mma::counter_bytes(outputs);
+inline Shares shares_of(const QLinear& op, const mma::Split& split) {
+  char* sums = static_cast<char*>(op.workspace) + mma::kCounterBytes;
   return {int(mma::blocks_of(op.k, mma::kTile)), split.per_block, int(op.k / op.group), group_shift(op),
           static_cast<uint32_t*>(op.workspace), reinterpret_cast<float4*>(sums)};
 }

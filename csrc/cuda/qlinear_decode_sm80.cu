@@ -338,7 +338,7 @@ template <class T, int bits, int W>
 void start(const QLinear& op, void* stream) {
   const mma::Split split = mma::decode_split(op, W * 8);
   const dim3 grid(unsigned(mma::blocks_of(op.n, mma::kTile)), unsigned(split.count));
-  const Shares shares = shares_of(op, split, grid.x);
+  const Shares shares = shares_of(op, split);
   const int warps = kTileWarps + (op.outlier_entry ? kOutlierWarps : 0);
   launch(qlinear_decode_kernel<T, bits, W>, grid, dim3(warps * 32), sizeof(Shared<bits, W>), stream, op, shares);
 }

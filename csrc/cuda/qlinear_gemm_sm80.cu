@@ -180,11 +180,10 @@ qlinear_gemm_kernel(const __grid_constant__ QLinear op, const __grid_constant__ 
 
 template <class T, int bits, int M>
 void start(const QLinear& op, void* stream) {
-  const int64_t tiles = mma::gemm_blocks(op, M);
   const mma::Split split = mma::gemm_split(op, M);
   const dim3 grid(unsigned(mma::blocks_of(op.n, kOutputs)), unsigned(mma::blocks_of(op.m, M)), unsigned(split.count));
   launch(qlinear_gemm_kernel<T, bits, M>, grid, dim3(kWarps * 32), shared_bytes<bits, M>(), stream, op,
-         shares_of(op, split, tiles));
+         shares_of(op, split));
 }
 
 void run(const QLinear& op, void* stream) {

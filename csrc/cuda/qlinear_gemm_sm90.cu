@@ -5,13 +5,12 @@
 // bring codes and x; a warpgroup for each 64 tokens multiplies, X·Wᵀ, with both operands in shared memory. Makers work up to kStages tiles
 // ahead, and codes come as far ahead of them. A warp of its own for the copies would be the 17th and leave each thread 96 registers
 // instead of 128, since registers belong to quarters of the processor: too few for 64 sums and their addresses.
-#include <cuda.h>
-
 #include <algorithm>
 
 #include "cuda/launch.cuh"
 #include "cuda/make_weights.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/tensor_map.cuh"
 #include "dispatch.h"
 
 namespace pe {
@@ -168,23 +167,10 @@ qlinear_gemm_kernel(const __grid_constant__ QLinear op, const __grid_constant__ 
   store_tile<T>(op, out, kOutRow, int64_t(blockIdx.y) * 64 * G, 64 * G, int64_t(blockIdx.x) * kOutputs, kOutputs);
 }
 
-// x as the copy engine sees it: boxes of `tokens` rows of 64 inputs, swizzled as operand() wants them.
+// x as the copy engine sees it: boxes of `tokens` rows of 64 inputs.
 CUtensorMap map_of(const QLinear& op, int tokens) {
-  static const auto encode = [] {  // the driver's, found at run time: the module is not linked with it
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    PE_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12.0");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
   const auto type = op.dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const cuuint64_t size[2] = {cuuint64_t(op.k), cuuint64_t(op.m)}, stride[1] = {cuuint64_t(op.x_stride) * 2};
-  const cuuint32_t box[2] = {mma::kTile, cuuint32_t(tokens)}, step[2] = {1, 1};
-  CUtensorMap map;
-  const CUresult result = encode(&map, type, 2, const_cast<float*>(op.x), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(result));
-  return map;
+  return tensor_map(type, 2, op.x, op.k, op.m, op.x_stride * 2, tokens);
 }
 
 const char* refuses(const QLinear& op) {
@@ -194,10 +180,9 @@ const char* refuses(const QLinear& op) {
 
 template <class T, int bits, int G>
 void start(const QLinear& op, void* stream) {
-  const int64_t tiles = mma::gemm_blocks(op, 64 * G);
   const mma::Split split = mma::gemm_split(op, 64 * G);
   const dim3 grid(unsigned(mma::blocks_of(op.n, kOutputs)), unsigned(mma::blocks_of(op.m, 64 * G)), unsigned(split.count));
-  launch(qlinear_gemm_kernel<T, bits, G>, grid, dim3(kThreads<G>), shared_bytes<bits, G>(), stream, op, shares_of(op, split, tiles),
+  launch(qlinear_gemm_kernel<T, bits, G>, grid, dim3(kThreads<G>), shared_bytes<bits, G>(), stream, op, shares_of(op, split),
          map_of(op, 64 * G));
 }
 
