@@ -12,7 +12,7 @@ namespace pe {
 namespace {
 
 struct Known {
-  std::atomic<int> capability = 0, shared = 0;
+  std::atomic<int> capability = 0, shared = 0, processors = 0;
 };
 
 // Asking CUDA costs a microsecond or two and every launch asks, so the answers are kept.
@@ -24,11 +24,13 @@ const Known& current() {
   if (device >= kDevices) throw std::runtime_error("GPU " + std::to_string(device) + " is beyond the first 64");
   Known& k = known[device];
   if (!k.capability.load(std::memory_order_acquire)) {
-    int major = 0, minor = 0, shared = 0;
+    int major = 0, minor = 0, shared = 0, processors = 0;
     PE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     PE_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     PE_CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    PE_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     k.shared.store(shared, std::memory_order_relaxed);
+    k.processors.store(processors, std::memory_order_relaxed);
     k.capability.store(major * 10 + minor, std::memory_order_release);
   }
   return k;
@@ -38,6 +40,7 @@ const Known& current() {
 
 int compute_capability() { return current().capability.load(std::memory_order_relaxed); }
 size_t shared_memory_limit() { return size_t(current().shared.load(std::memory_order_relaxed)); }
+int processors() { return current().processors.load(std::memory_order_relaxed); }
 
 const char* missing_gpu(Arch arch) {
   static const std::string none = [] {  // drivers and GPUs do not appear while a process runs

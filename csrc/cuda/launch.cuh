@@ -23,6 +23,9 @@ int compute_capability();
 // Bytes of shared memory that one block may have on it: 163 KiB on 8.0, 227 on 9.0, 99 on 8.6 and 8.9.
 size_t shared_memory_limit();
 
+// Its processors (SMs).
+int processors();
+
 // Starts kernel(args…) on `stream`. From Hopper on it may begin while the kernel before it ends: all of our kernels call
 // dependency_wait() (ptx.cuh) before they touch anything that another kernel writes.
 template <class... Params, class... Args>

@@ -195,7 +195,7 @@ def wgmma(n: int, out: str, a: str, b: str, mode: int = 0, transpose_b: int = 0,
     kernel(f"{op}, swizzle {mode}, transpose {transpose_b}{', A in registers' if a_registers else ''}", body, expected, arch=90, threads=128)
 
 
-for _n in (8, 16, 32, 64, 128, 256):
+for _n in (8, 16, 32, 64, 112, 128, 256):
     wgmma(_n, "f32", "f16", "f16")
     wgmma(_n, "f32", "bf16", "bf16")
     wgmma(_n, "s32", *(("s8", "s8"), ("u8", "u8"), ("s8", "u8"), ("u8", "s8"))[_n // 8 % 4])

@@ -346,7 +346,7 @@ def _wgmma(n: int, k: int, out: str, a: str, b: str, ins) -> str:
     )
 
 
-_N = "8|16|32|64|128|256"
+_N = "8|16|32|64|112|128|256"
 form(f"wgmma.mma_async.sync.aligned.m64n({_N})k16.(f32|f16).f16.f16", lambda g, ins: _wgmma(int(g[0]), 16, g[1], "f16", "f16", ins))
 form(f"wgmma.mma_async.sync.aligned.m64n({_N})k16.f32.bf16.bf16", lambda g, ins: _wgmma(int(g[0]), 16, "f32", "bf16", "bf16", ins))
 form(f"wgmma.mma_async.sync.aligned.m64n({_N})k32.s32.(s8|u8).(s8|u8)", lambda g, ins: _wgmma(int(g[0]), 32, "s32", g[1], g[2], ins))
