@@ -34,7 +34,8 @@ class OnGpu {
 // it must grow or the stream is being captured into a graph, which gets its own. Calls must not overlap. Null for no bytes.
 void* gpu_workspace(void* stream, size_t bytes);
 
-// Ranks: 0 reference, 1 general, 2 specialised, 3 architecture-specific, 4 on matrix units.
+// Ranks: 0 reference, 1 general, 2 specialised, 3 architecture-specific, 4 on matrix units. No two rows of an op and a device share one, so
+// CUDA's linears with integer activations, which share no problem with the others, are 4 and 5.
 template <class Op>
 struct Kernel {
   const char* name;
