@@ -198,7 +198,7 @@ void bind_attention(py::module_& m, py::class_<Program>& program) {
   attention.def_readwrite("m", &Attention::m).def_readwrite("heads", &Attention::heads).def_readwrite("kv_heads", &Attention::kv_heads);
   attention.def_readwrite("head_dim", &Attention::head_dim).def_readwrite("q_stride", &Attention::q_stride);
   attention.def_readwrite("y_stride", &Attention::y_stride).def_readwrite("scale", &Attention::scale).def_readwrite("exact", &Attention::exact).def_readwrite("cache", &Attention::cache);
-  pointer(attention, "q", &Attention::q), pointer(attention, "y", &Attention::y);
+  pointer(attention, "q", &Attention::q), pointer(attention, "y", &Attention::y), dtype(attention, &Attention::dtype);
   pointer(attention, "slot", &Attention::slot), pointer(attention, "position", &Attention::position);
   pointer(attention, "workspace", &Attention::workspace);
   attention.def("workspace_bytes", [](const Attention& a) { return workspace_bytes(a); });

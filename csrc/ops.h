@@ -47,7 +47,8 @@ struct OutlierRun {
 // act_bits 8 or 4: each token is quantized to integer codes (below, Transform, says how), the products with the weight's codes are summed
 // exactly in int32 over a group; outliers and columns multiply the unquantized x. A token with NaN or infinity gives NaN. CPU kernels make
 // the codes themselves; CUDA kernels get them from Transform as x_code and x_scale, and read x for outliers and columns alone. Given both,
-// the oracle takes the codes.
+// the oracle takes the codes. So far they take symmetric weights with a scale a row and neither outliers nor columns; y = sum · (scale ·
+// x_scale) in f32.
 // Bound on ‖y − oracle‖ / ‖oracle‖ for normally distributed x: 1e-5 with f32 or 8-bit codes, 1e-4 with fixed point (an input that
 // towers over its group costs the others of the group digits), 5e-3 with bf16.
 // For f16 and bf16 the sums are f32; codes, zeros and outliers are exact where weights go from registers into the tensor cores, and
@@ -153,7 +154,8 @@ struct RmsNorm {
 // u8[m,n/2]), and scale f32[m] what a code of 1 stands for. Either may be null, not both.
 // Codes: Q = 2^(bits−1) − 1, scale = max(clip[0] · max(t, 0), clip[1] · max(−t, 0)) / Q over the token, in f32; code = t · (1/scale) rounded to
 // nearest even, at least −Q−1 and at most Q; clip absent is 1, 1. A token with NaN or infinity has codes 0 and a scale of NaN.
-// Bound of y: 1e-5 in f32; on matrix units, which round v and what is between the factors to bf16, 1e-2; f16 and bf16 round t once more.
+// Bound of y: 1e-5 in f32; on matrix units, which round v and what is between the factors to bf16, 1e-2. On CUDA both are rounded to dtype, and
+// for bf16 the factors too: 1e-3 for f16, 1e-2 for bf16, with t rounded once more for y.
 // Codes are exact where they are made of an exact t, and else off by one where t lies next to the middle between two.
 struct Transform {
   int64_t m = 0, n = 0, a = 0, b = 0;  // a, b ≤ 256; n is even for 4 bits
@@ -225,9 +227,10 @@ struct RopeKV {
 
 // y[m, heads·head_dim] = softmax(q·kᵀ·scale)·v: row i sees positions 0…position[i] of slot[i]. One op for prefill, decode and a mix;
 // prefill is quick where neighbouring rows share a slot. head_dim ≤ 256.  Bound: 1e-5 relative; from 16 rows on 1e-2, with bf16, unless
-// `exact` forbids it.
+// `exact` forbids it. On CUDA q and weights are f16: 2e-3, and for bf16 the rounding of y, 2^-8 of each value.
 struct Attention {
   int64_t m = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  Dtype dtype = Dtype::f32;        // of q and y
   const float* q = nullptr;
   int64_t q_stride = 0;
   float* y = nullptr;
@@ -237,7 +240,7 @@ struct Attention {
   const int32_t* slot = nullptr;
   const int32_t* position = nullptr;
   KVCache cache;
-  void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned
+  void* workspace = nullptr;       // workspace_bytes(op) bytes, 64-byte aligned; for CUDA as QLinear has it
 };
 
 // What a kernel for few rows keeps of a part of the keys for some query heads of one row: the maximum of their scores, and the sum of

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "attention_parts.h"
 #include "cpu/threads.h"
 #include "ops.h"
 #include "pack_mma.h"
@@ -123,6 +124,7 @@ size_t workspace_bytes(const QLinear& op) {
 }
 
 size_t workspace_bytes(const Attention& op) {
+  if (op.dtype != Dtype::f32) return parts::workspace_bytes(op);
   if (op.m >= kFewRows || op.head_dim > kHeadDim) return 0;
   const int64_t length = op.cache.head_stride / op.head_dim, parts = (op.heads / op.kv_heads + kTogether - 1) / kTogether;
   return size_t(op.m * op.kv_heads * parts * (length / kSegment + 1)) * sizeof(Seen);

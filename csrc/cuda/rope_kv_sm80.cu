@@ -62,7 +62,7 @@ void run(const RopeKV& op, void* stream) {
   });
 }
 
-const Row<RopeKV> row{{"rope_kv_sm80", Device::cuda, Arch::sm80, 1, Layout::canonical, refuses, run}};
+const Row<RopeKV> row{{"rope_kv_sm80", Device::cuda, Arch::sm80, 2, Layout::canonical, refuses, run}};
 
 }  // namespace
 }  // namespace pe
