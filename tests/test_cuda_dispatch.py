@@ -6,7 +6,8 @@ import pytest
 
 from pyengine import _C
 
-CUDA_ROWS = [(op, row) for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.RopeKV, _C.Sample) for row in op.kernels() if row["device"] == "cuda"]
+OPS = (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention, _C.Sample)
+CUDA_ROWS = [(op, row) for op in OPS for row in op.kernels() if row["device"] == "cuda"]
 pytestmark = pytest.mark.skipif(not CUDA_ROWS, reason="built without CUDA")
 
 
