@@ -89,6 +89,14 @@ def wgmma_tile(device, bug: int) -> bool:
     return close(d.numpy(), 2 * a.astype(np.float64) @ b.astype(np.float64).T)
 
 
+def int8_ring(device, bug: int) -> bool:
+    a, b = (RNG.integers(-128, 128, (5, rows, 32), dtype=np.int8) for rows in (64, 8))
+    pieces = b.reshape(5, 8, 2, 16).transpose(0, 2, 1, 3)  # of a step [half of the inputs][row]
+    a_, b_, d = device.array(a, "a"), device.array(pieces, "b"), device.empty((64, 8), np.int32, "d")
+    call(device, "run_int8_ring", bug, a_, b_, d, 5)
+    return np.array_equal(d.numpy(), np.einsum("smk,snk->mn", a.astype(np.int32), b.astype(np.int32)))
+
+
 def cluster_exchange(device, bug: int) -> bool:
     x = RNG.standard_normal((3, 2, 64)).astype(np.float32)
     xs, ys = device.array(x, "x"), device.empty(x.shape, np.float32, "y")
@@ -131,6 +139,9 @@ FAMILIES = [
     Family("wgmma_tile", wgmma_tile, {
         1: "no fence.proxy.async after the stores", 2: "no barrier after the stores", 3: "no wgmma.fence", 4: "descriptor stride off", 5: "accumulator thrown away",
         6: "operand overwritten before the wait", 7: "accumulator read before the wait", 8: "wait count off", 9: "accumulator written after the fence"}, 90),
+    Family("int8_ring", int8_ring, {
+        1: "data not waited for", 2: "one warp gives the stage back for all", 3: "no wgmma.fence", 4: "stage given back while it is read",
+        5: "no __syncwarp before it is given back", 6: "operand registers swapped", 7: "last group not waited for"}, 90),
     Family("cluster_exchange", cluster_exchange, {
         1: "no barrier before the peer's memory is read", 2: "block ends while its memory is read", 3: "rank of the peer wrong", 4: "barrier without release",
         5: "barrier of the block instead of the cluster", 6: "grid no multiple of the cluster"}, 90),

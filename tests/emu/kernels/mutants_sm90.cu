@@ -1,5 +1,5 @@
-// Kernels with bugs that need Hopper: a ring of TMA loads, a tensor store, wgmma, clusters with distributed shared memory and multicast,
-// and grids that overlap. Their bugs are listed in test_mutants.py.
+// Kernels with bugs that need Hopper: a ring of TMA loads, a tensor store, wgmma with operands in shared memory and in registers, clusters with
+// distributed shared memory and multicast, and grids that overlap. Their bugs are listed in test_mutants.py.
 #include <cuda.h>
 
 #include "mutants.cuh"
@@ -170,6 +170,58 @@ __global__ void __launch_bounds__(128) wgmma_tile(const __half* a, const __half*
   for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + col + i % 2] = c[i];
 }
 
+// d[64, 8] = a·b in i8, 32 inputs a step, with a in registers: a warp has the copy engine bring a step's a[64][32] and b[2][8][16] to a ring of
+// two stages, and each of the others gives a stage back a step later, when the tensor cores have read it.
+template <int Bug>
+__global__ void __launch_bounds__(160) int8_ring(const int8_t* a, const int8_t* b, int* d, int steps) {
+  __shared__ alignas(1024) int8_t sa[2][64 * 32], sb[2][8 * 32];
+  __shared__ uint64_t full[2], empty[2];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp * 16 + lane / 4, t = lane % 4;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], Bug == 2 ? 1 : 4);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (warp == 4) {
+    const auto bring = [&](int8_t* to, const int8_t* from, int bytes, uint64_t* barrier) {
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from),
+                   "r"(bytes), "r"(shared_address(barrier))
+                   : "memory");
+    };
+    for (int i = 0; lane == 0 && i < steps; ++i) {
+      if (i >= 2) barrier_wait(&empty[i % 2], i / 2 - 1 & 1);
+      barrier_expect(&full[i % 2], 64 * 32 + 8 * 32);
+      bring(sa[i % 2], a + i * 64 * 32, 64 * 32, &full[i % 2]), bring(sb[i % 2], b + i * 8 * 32, 8 * 32, &full[i % 2]);
+    }
+    return;
+  }
+  int c[4] = {0, 0, 0, 0};
+  for (int i = 0; i < steps; ++i) {
+    if (Bug != 1) barrier_wait(&full[i % 2], i / 2 & 1);
+    const uint32_t* word = reinterpret_cast<const uint32_t*>(sa[i % 2]);
+    uint32_t r[4] = {word[row * 8 + t], word[(row + 8) * 8 + t], word[row * 8 + 4 + t], word[(row + 8) * 8 + 4 + t]};
+    for (uint32_t& v : r) asm volatile("" : "+r"(v)::"memory");
+    if (Bug != 3) asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    const uint64_t db = (shared_address(sb[i % 2]) >> 4 & 0x3fff) | uint64_t(128 / 16) << 16 | uint64_t(256 / 16) << 32;
+    asm volatile(
+        "{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p;}"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(r[0]), "r"(r[Bug == 6 ? 2 : 1]), "r"(r[Bug == 6 ? 1 : 2]), "r"(r[3]), "l"(db)
+        : "memory");
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    if (i == 0 && Bug != 4) continue;
+    if (Bug != 5) __syncwarp();
+    if (lane == 0 && (Bug != 2 || warp == 0)) barrier_arrive(&empty[(Bug == 4 ? i : i - 1) % 2]);
+  }
+  if (Bug == 7)
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+  else
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(c[i])::"memory");
+  for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + t * 2 + i % 2] = c[i];
+}
+
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -317,6 +369,10 @@ MUTANT_EXPORT int run_tma_ring(int bug, const float* x, float* y, int rows, cuda
 }
 MUTANT_EXPORT int run_wgmma_tile(int bug, const __half* a, const __half* b, float* d, cudaStream_t stream) {
   with_bug<10>(bug, [&](auto v) { wgmma_tile<v.value><<<1, 128, 0, stream>>>(a, b, d); });
+  return cudaGetLastError();
+}
+MUTANT_EXPORT int run_int8_ring(int bug, const int8_t* a, const int8_t* b, int* d, int steps, cudaStream_t stream) {
+  with_bug<8>(bug, [&](auto v) { int8_ring<v.value><<<1, 160, 0, stream>>>(a, b, d, steps); });
   return cudaGetLastError();
 }
 MUTANT_EXPORT int run_cluster_exchange(int bug, const float* x, float* y, int blocks, cudaStream_t stream) {
