@@ -22,7 +22,7 @@ const char* const kHelp = R"(qbench: how fast each kernel of PyEngine's dispatch
   --kernel NAME      only this one, even the reference (default: all but the reference that take the problem)
   --check            compare with the reference before timing; a kernel that is wrong ends the run with exit code 1
   --check-only       the same, and no timing: a single run of each kernel
-  --bits 4|8  --group 32|64|128|0  --act-bits 8|16     of the linears (default 4, 128, 16; group 0 is a whole row)
+  --bits 4|8  --group 32|64|128|0  --act-bits 4|8|16   of the linears (default 4, 128, 16; group 0 is a whole row)
   --outliers SHARE   of their weights in FP16 (default 0.01)
   --mask skewed|uniform   outliers crowd into some rows and columns, as gradients choose them (default), or not
   --columns SHARE    of their inputs in FP16 as whole columns (default 0)
@@ -91,7 +91,7 @@ void require_range(const std::string& name, int64_t value, int64_t least, int64_
 void check(const Options& o) {
   const Spec& s = o.spec;
   require(s.bits == 4 || s.bits == 8, "--bits is " + std::to_string(s.bits) + ", expected 4 or 8");
-  require(s.act_bits == 8 || s.act_bits == 16, "--act-bits is " + std::to_string(s.act_bits) + ", expected 8 or 16");
+  require(s.act_bits == 4 || s.act_bits == 8 || s.act_bits == 16, "--act-bits is " + std::to_string(s.act_bits) + ", expected 4, 8 or 16");
   require(s.group == 0 || s.group == 32 || s.group == 64 || s.group == 128,
           "--group is " + std::to_string(s.group) + ", expected 32, 64, 128 or 0");
   require(s.outliers >= 0 && s.outliers <= 0.5, "--outliers is " + std::to_string(s.outliers) + ", expected 0 to 0.5");

@@ -42,12 +42,12 @@ template struct Row<Sample>;
 #if defined(__x86_64__)
 namespace {
 
-// AMX takes the processor (CPUID leaf 7: tiles and their bf16 products; subleaf 1: vectors of bf16) and the kernel's leave to use its
+// AMX takes the processor (CPUID leaf 7: tiles and their products of bf16 and of i8; subleaf 1: vectors of bf16) and the kernel's leave to use its
 // 8 KiB of registers, which a process asks for once.
 bool amx_works() {
   unsigned a, b, c, d, a1, b1, c1, d1;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) return false;
-  if (!(d >> 22 & 1) || !(d >> 24 & 1) || !(a1 >> 5 & 1)) return false;
+  if (!(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1) || !(a1 >> 5 & 1)) return false;
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -91,7 +91,7 @@ const char* missing(Arch arch) {
       return nullptr;
 #endif
       static const bool works = !missing(Arch::avx512) && amx_works();
-      return works ? nullptr : "this CPU has no AMX with bf16, or the kernel does not grant it";
+      return works ? nullptr : "this CPU has no AMX with bf16 and int8, or the kernel does not grant it";
     }
     default:
       break;

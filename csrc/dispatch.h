@@ -35,7 +35,7 @@ class OnGpu {
 void* gpu_workspace(void* stream, size_t bytes);
 
 // Ranks: 0 reference, 1 general, 2 specialised, 3 architecture-specific, 4 on matrix units. No two rows of an op and a device share one, so
-// CUDA's linears with integer activations, which share no problem with the others, are 4 and 5.
+// linears with integer activations, which share no problem with the others, are 5 on the CPU's matrix units, and 4 and 5 on CUDA.
 template <class Op>
 struct Kernel {
   const char* name;

@@ -115,7 +115,8 @@ void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
 }
 
 // Per token of a chunk: x as f32 and as two planes of i8, each padded to 8 inputs, two sums and a scale a group, x transposed in blocks
-// of 16, the inputs of f16 columns, and the outputs that are still to be gated. Matrix units: x as bf16 in tiles of 16 × 32, which is more where k is tiny.
+// of 16, the inputs of f16 columns, and the outputs that are still to be gated. Matrix units: x as bf16 in tiles of 16 × 32, which is more
+// where k is tiny.
 size_t workspace_bytes(const QLinear& op) {
   if (op.layout == Layout::mma) return mma::workspace_bytes(op);
   const size_t m = size_t(round_up(std::min(op.m, kChunk), 16)), k = size_t(round_up(op.k, 8)), groups = size_t(op.k / op.group);

@@ -40,15 +40,16 @@ def guards(monkeypatch):
 @pytest.mark.parametrize("kernel", rows("QLinear"))
 def test_a_linear_stays_within_its_workspace(kernel, guards):
     """The tokens that fill a chunk, with inputs from fewer than any tile on."""
+    act_bits = 8 if kernel == "qlinear_amx_int8" else 16
     for n, k, group in ((1, 2, 2), (32, 7, 7), (32, 8, 8), (3, 33, 33), (64, 320, 32)):
         for gated in (False, True):
             if gated and n % 32:
                 continue
             w = random_weight(n, k, group, 4, True, "sparse", columns=k // 2)
-            layer, oracle = Linear(w, 16, kernel, gated), Linear(w, 16, "qlinear_reference", gated)
+            layer, oracle = (Linear(w, act_bits, name, gated) for name in (kernel, "qlinear_reference"))
             for m in (1, 15, 16, 255, 256, 512, 530):
                 x = torch.randn(m, k)
-                assert not takes(kernel, m) or error(layer(x), oracle(x)) <= 10 * bound(kernel), (n, k, m, gated)
+                assert not takes(kernel, m, act_bits) or error(layer(x), oracle(x)) <= 10 * bound(kernel), (n, k, m, gated)
 
 
 @pytest.mark.parametrize("kernel", rows("Attention"))

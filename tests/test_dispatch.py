@@ -29,11 +29,13 @@ def test_the_highest_rank_that_can_run_is_chosen():
         return max((r for r in op.kernels() if r["device"] == "cpu" and r["missing"] is None and r["rank"] <= most), key=lambda r: r["rank"])["name"]
 
     for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.RopeKV):
-        assert op().choose() == best(op)
+        assert op().choose() == best(op, most=4)
     layer = Linear(random_weight(8, 64, 32))
     assert layer.kernel_name(1) == layer.kernel_name(15) == best(_C.QLinear, most=3)
-    assert layer.kernel_name(16) == layer.kernel_name(4096) == best(_C.QLinear)
-    assert Linear(random_weight(8, 64, 32), act_bits=8).kernel_name(16) == best(_C.QLinear, most=3)
+    assert layer.kernel_name(16) == layer.kernel_name(4096) == best(_C.QLinear, most=4)
+    assert Linear(random_weight(8, 64, 32), act_bits=8).kernel_name(15) == best(_C.QLinear, most=3)
+    for bits in (4, 8):
+        assert Linear(random_weight(8, 64, 32), act_bits=bits).kernel_name(16) == best(_C.QLinear, most=5)
     attention = _C.Attention()
     for attention.m, attention.head_dim, most in ((15, 64, 3), (16, 64, 99), (16, 80, 3)):
         assert attention.choose() == best(_C.Attention, most)
@@ -65,6 +67,12 @@ def test_matrix_units_say_what_they_are_not_for():
         layer(torch.randn(15, 64))
     with pytest.raises(RuntimeError, match="16-bit activations"):
         Linear(random_weight(8, 64, 32), 8, "qlinear_amx")
+    with pytest.raises(RuntimeError, match="of 8 or 4 bits"):
+        Linear(random_weight(8, 64, 32), 16, "qlinear_amx_int8")
+    with pytest.raises(RuntimeError, match="fewer than 16 tokens"):
+        Linear(random_weight(8, 64, 32), 8, "qlinear_amx_int8")(torch.randn(15, 64))
+    with pytest.raises(RuntimeError, match="halves of whole tiles"):
+        Linear(random_weight(34, 64, 32), 8, "qlinear_amx_int8", gated=True)
     op = _C.Attention()
     for op.m, op.head_dim, why in ((15, 64, "fewer than 16 rows"), (16, 80, "multiple of 32"), (16, 512, "above 256")):
         with pytest.raises(RuntimeError, match=why):

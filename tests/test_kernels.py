@@ -23,14 +23,19 @@ def rows(op: str) -> list:
     ]
 
 
+FLOAT_ROWS = [row for row in rows("QLinear") if row.values[0] != "qlinear_amx_int8"]  # those that take activations of 16 bits
+
+
 def bound(kernel: str, act_bits: int = 16) -> float:
     """ops.h: f32 and integer codes, 16-bit fixed point, bf16."""
     return 5e-3 if kernel == "qlinear_amx" else 1e-4 if kernel == "qlinear_avx512" and act_bits == 16 else 1e-5
 
 
 def takes(kernel: str, m: int = 16, act_bits: int = 16) -> bool:
-    """Whether the row is for this many tokens; test_dispatch.py pins what the others say."""
-    return kernel != "qlinear_amx" or (m >= 16 and act_bits == 16)
+    """Whether the row is for this many tokens and these bits; test_dispatch.py pins what the others say."""
+    if "amx" not in kernel:
+        return True
+    return m >= 16 and (act_bits < 16) == (kernel == "qlinear_amx_int8")
 
 
 def error(y: torch.Tensor, expected: torch.Tensor) -> float:
@@ -50,7 +55,7 @@ def test_qlinear_matches_the_oracle(kernel, bits, act_bits, mask):
             w = random_weight(n, k, group, bits, asymmetric, mask, bias=asymmetric, scale_f32=n == 33)
             oracle, layer = (Linear(w, act_bits, name, act_clip=clip) for name in ("qlinear_reference", kernel))
             assert layer.kernel_name(16) == kernel
-            tokens = [m for m in TOKENS if m * n * k <= 6_000_000 and takes(kernel, m)]
+            tokens = [m for m in TOKENS if m * n * k <= 6_000_000 and takes(kernel, m, act_bits)]
             x, residual = torch.randn(tokens[-1], k), torch.randn(tokens[-1], n) * 3
             expected = oracle(x)  # once for all: it is slower than any kernel
             added = expected.double() + residual.double()
@@ -60,7 +65,7 @@ def test_qlinear_matches_the_oracle(kernel, bits, act_bits, mask):
                 assert error(layer(x[:m], residual=residual[:m]), added[:m]) <= limit, (n, k, group, asymmetric, m)
 
 
-@pytest.mark.parametrize("kernel", rows("QLinear"))
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_a_gated_result_is_silu_of_the_first_half_times_the_second(kernel):
     for n, k, group, mask in ((64, 96, 32, "sparse"), (70, 100, 100, "full_row"), (192, 4096, 128, "one_tile")):
         w = random_weight(n, k, group, 4, True, mask, bias=True)
@@ -108,7 +113,7 @@ def test_whole_columns(kernel, act_bits):
     assert error(y, expected) <= 3 * bound(kernel, act_bits)
 
 
-@pytest.mark.parametrize("kernel", rows("QLinear"))
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_many_inputs_and_tokens(kernel):
     """More inputs than a panel and more tokens than a chunk of the matrix kernel; outliers at both ends of every part."""
     w = random_weight(40, 4096, 128, mask="sparse", bias=True)
@@ -121,7 +126,7 @@ def test_many_inputs_and_tokens(kernel):
 
 
 @pytest.mark.parametrize("bits", (4, 8))
-@pytest.mark.parametrize("kernel", rows("QLinear"))
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_unit_vectors_read_the_weights_back(kernel, bits):
     """On matrix units those nearest in bf16, outliers too: sums of many inputs would hide a rounding towards zero."""
     w = random_weight(40, 416, 32, bits, mask="sparse")
@@ -151,7 +156,7 @@ def test_integer_products_are_exact(kernel, bits, act_bits):
     for n, k, group in ((33, 96, 32), (16, 512, 128), (40, 1000, 1000)):
         w = random_weight(n, k, group, bits)
         w.scale = torch.ones_like(w.scale)
-        x = torch.randint(-most, most + 1, (9, k)).float()
+        x = torch.randint(-most, most + 1, (17, k)).float()
         x[:, 0] = most  # so that the token's scale is 1
         expected = x.double() @ w.dequantize().double().T
         assert expected.abs().max() < 2**24
@@ -167,8 +172,8 @@ def test_activations_are_clipped_and_rounded_as_ops_h_says(kernel, act_bits):
     dense = w.dequantize()
     outliers = torch.zeros_like(dense)
     outliers[torch.repeat_interleave(torch.arange(w.n), w.outlier_row.diff()), w.outlier_col.long()] = w.outlier_value.float()
-    x = torch.randn(9, 96) * torch.logspace(-4, 4, 9)[:, None]
-    x[8] = 0
+    x = torch.randn(17, 96) * torch.logspace(-4, 4, 17)[:, None]
+    x[16] = 0
     for clip in (None, torch.tensor([0.6, 0.8]), torch.tensor([1.0, 0.3])):
         high, low = (1.0, 1.0) if clip is None else clip
         q = (1 << (act_bits - 1)) - 1
@@ -182,7 +187,7 @@ def test_activations_are_clipped_and_rounded_as_ops_h_says(kernel, act_bits):
             Linear(w, act_bits, kernel, act_clip=torch.tensor(bad))
 
 
-@pytest.mark.parametrize("kernel", rows("QLinear"))
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_4096_tokens(kernel):
     w = random_weight(40, 64, 32, mask="sparse")
     x = torch.randn(4096, 64)
@@ -201,7 +206,7 @@ def test_sums_that_could_overflow_are_left_to_the_oracle(kernel):
     assert error(Linear(w, 8)(x), expected) <= 1e-6
 
 
-@pytest.mark.parametrize("kernel", rows("QLinear"))
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_a_large_mean_of_the_activations_costs_no_accuracy(kernel):
     """Codes count from the middle: 128·Σx, taken away from a sum of the same size, would leave three digits."""
     for bits in (4, 8):
@@ -234,7 +239,7 @@ def test_nan_goes_through_attention(kernel):
     assert torch.isnan(y[7]).all() and torch.isfinite(y[torch.arange(40) != 7]).all()
 
 
-@pytest.mark.parametrize("kernel", rows("QLinear"))
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_what_the_last_op_left_on_the_stack_stays_there(kernel):
     """Inputs up to a whole tile are zeros on both sides: zero times a NaN that lay there would be one."""
     layer, before = Linear(random_weight(32, 33, 33), 16, kernel), ops.threads()
@@ -262,12 +267,12 @@ def test_a_token_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(ker
             _C.set_threads(count)
             assert torch.equal(layer(x), whole)
             for m in (1, 2, 3, 5, 8, 15, 16, 17, 100):
-                assert not takes(kernel, m) or torch.equal(layer(x[:m]), whole[:m]), (count, m)
+                assert not takes(kernel, m, act_bits) or torch.equal(layer(x[:m]), whole[:m]), (count, m)
     finally:
         _C.set_threads(before)
 
 
-@pytest.mark.parametrize("kernel", rows("QLinear"))
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_qlinear_writes_its_own_columns_only_and_may_add_in_place(kernel):
     w = random_weight(35, 64, 32, 4, False, "sparse", bias=True)
     layer, x = Linear(w, 16, kernel), torch.randn(19, 64)
@@ -285,14 +290,14 @@ def test_qlinear_writes_its_own_columns_only_and_may_add_in_place(kernel):
     assert torch.equal(residual, expected)
 
 
-@pytest.mark.parametrize("kernel", rows("QLinear"))
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_strided_activations(kernel):
     layer = Linear(random_weight(20, 96, 32, mask="sparse"), 16, kernel)
     x = torch.randn(18, 200)
     assert torch.equal(layer(x[:, 10:106]), layer(x[:, 10:106].contiguous()))
 
 
-@pytest.mark.parametrize("kernel", rows("QLinear"))
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_columns_beyond_16_bits(kernel):
     w = random_weight(3, 65536 + 64, 64, 4, False, "last_corner")
     assert w.outlier_col.dtype == torch.int32

@@ -46,14 +46,14 @@ struct AttentionTask {
       const int64_t end = begin + kKeys < length ? begin + kKeys : length;
       F highest = top;
       for (int64_t t = begin; t < end; ++t) {
-        widen<V>(cache.keys + t * d, element, d);
+        cache.keys.template row<V>(t, element);
         F s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // four chains hide the latency of the sum
         int64_t c = 0;
         for (; c + 4 <= d; c += 4)
           for (int j = 0; j < 4; ++j) s[j] = V::fma(V::load(q + (c + j) * lanes), V::set(element[c + j]), s[j]);
         for (; c < d; ++c) s[0] = V::fma(V::load(q + c * lanes), V::set(element[c]), s[0]);
         F v = V::add(V::add(s[0], s[1]), V::add(s[2], s[3]));
-        if constexpr (kScaled<T>) v = V::mul(v, V::set(cache.key_scale[t]));
+        if constexpr (kScaled<T>) v = V::mul(v, V::set(cache.keys.scale[t]));
         v = V::where_reaches(limit, V::set(float(t)), v, V::set(kNever));
         V::store(score + (t - begin) * lanes, v);
         highest = V::max(highest, v);
@@ -64,7 +64,7 @@ struct AttentionTask {
         // A masked score stays far below any maximum, but exp() clamps at e^-87: set its weight to zero outright.
         const F p = V::where_reaches(limit, V::set(float(t)), exp<V>(V::sub(V::load(score + (t - begin) * lanes), top)), V::zero());
         sum = V::add(sum, p);
-        V::store(score + (t - begin) * lanes, kScaled<T> ? V::mul(p, V::set(cache.value_scale[t])) : p);
+        V::store(score + (t - begin) * lanes, kScaled<T> ? V::mul(p, V::set(cache.values.scale[t])) : p);
       }
       accumulate(begin, end, shrink, score, out);
     }
@@ -77,7 +77,7 @@ struct AttentionTask {
   // out = out · shrink + Σ score · value over keys begin … end, four keys for each pass over out.
   void accumulate(int64_t begin, int64_t end, F shrink, const float* score, float* out) const {
     const int64_t d = op.head_dim;
-    const T* values = cached().values;
+    const CachedRows<T> values = cached().values;
     alignas(64) float value[4][kHeadDim];
     for (int64_t c = 0; c < d; ++c) V::store(out + c * lanes, V::mul(V::load(out + c * lanes), shrink));
     for (int64_t t = begin; t < end; t += 4) {
@@ -85,7 +85,7 @@ struct AttentionTask {
       for (int64_t j = 0; j < 4; ++j) {
         const bool real = t + j < end;
         p[j] = real ? V::load(score + (t + j - begin) * lanes) : V::zero();
-        widen<V>(values + (real ? t + j : t) * d, value[j], d);
+        values.template row<V>(real ? t + j : t, value[j]);
       }
       for (int64_t c = 0; c < d; ++c) {
         F v = V::load(out + c * lanes);
@@ -106,7 +106,6 @@ struct AttentionTask {
 };
 
 inline const char* attention_refuses(const Attention& op) {
-  if (op.cache.bits == 4) return "reads a cache of 16 or 8 bits";
   return op.head_dim > kHeadDim ? "head_dim is above 256" : nullptr;
 }
 
@@ -134,7 +133,9 @@ void attention_over(const Attention& op) {
 
 template <class V>
 void attention(const Attention& op, void*) {
-  op.cache.bits == 8 ? attention_over<V, int8_t>(op) : attention_over<V, uint16_t>(op);
+  if (op.cache.bits == 16) attention_over<V, uint16_t>(op);
+  if (op.cache.bits == 8) attention_over<V, int8_t>(op);
+  if (op.cache.bits == 4) attention_over<V, uint8_t>(op);
 }
 
 }  // namespace

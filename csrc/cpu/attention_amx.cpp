@@ -60,8 +60,10 @@ struct AttentionTiles : AttentionTask<V, T> {
   }
 
   // 16 elements of a key or value.
-  static F number(const T* p, const float* scale, int64_t t) {
-    return kScaled<T> ? V::mul(V::widen(p), V::set(scale[t])) : V::widen(p);
+  static F number(const CachedRows<T>& from, int64_t t, int64_t c) {
+    const F v = from.template vector<V>(t, c);
+    if constexpr (kScaled<T>) return V::mul(v, V::set(from.scale[t]));
+    else return v;
   }
 
   // Keys and values begin … end as bf16 tiles; zeros up to a whole number of 32 keys, since what follows `end` may be anything.
@@ -70,8 +72,7 @@ struct AttentionTiles : AttentionTask<V, T> {
     const CachedHead<T> from = cached();
     for (int64_t t = 0; t < (count + 31) / 32 * 32; ++t)
       for (int64_t c = 0; c < d; c += 32) {
-        const T* k = from.keys + (begin + t) * d + c;
-        const __m512i row = t < count ? Amx::round(number(k, from.key_scale, begin + t), number(k + 16, from.key_scale, begin + t)) : V::zero_int();
+        const __m512i row = t < count ? Amx::round(number(from.keys, begin + t, c), number(from.keys, begin + t, c + 16)) : V::zero_int();
         _mm512_store_si512(s.key[t / 16][c / 32] + t % 16 * 32, row);
       }
     for (int64_t t = 0; t < count; t += 32)
@@ -79,8 +80,7 @@ struct AttentionTiles : AttentionTask<V, T> {
         F pair[16];
         for (int64_t p = 0; p < 16; ++p) {
           const int64_t at = begin + t + 2 * p;
-          const T* v = from.values + at * d + c;
-          const F low = at < end ? number(v, from.value_scale, at) : V::zero(), high = at + 1 < end ? number(v + d, from.value_scale, at + 1) : V::zero();
+          const F low = at < end ? number(from.values, at, c) : V::zero(), high = at + 1 < end ? number(from.values, at + 1, c) : V::zero();
           pair[p] = _mm512_castsi512_ps(Amx::pairs(low, high));
         }
         V::transpose(pair);
@@ -186,7 +186,9 @@ const char* refuses(const Attention& op) {
 }
 
 void attention_amx(const Attention& op, void*) {
-  op.cache.bits == 8 ? attention_tasks<AttentionTiles<int8_t>, kTaskRows>(op) : attention_tasks<AttentionTiles<uint16_t>, kTaskRows>(op);
+  if (op.cache.bits == 16) attention_tasks<AttentionTiles<uint16_t>, kTaskRows>(op);
+  if (op.cache.bits == 8) attention_tasks<AttentionTiles<int8_t>, kTaskRows>(op);
+  if (op.cache.bits == 4) attention_tasks<AttentionTiles<uint8_t>, kTaskRows>(op);
 }
 
 const Row<Attention> row{{"attention_amx", Device::cpu, Arch::amx, 4, Layout::canonical, refuses, attention_amx}};

@@ -5,45 +5,76 @@
 // A lane is an element of the head. The partial sums of `lanes` keys are added across lanes all at once, by a tree of shuffles that ends
 // in one vector of scores; values are summed in registers over as many keys.
 //
-// A cache of 8 bits costs a multiplication a key on either side: its scale goes into the score, and that of its value into the weight.
+// A cache of 8 or 4 bits costs a multiplication a key on either side: its scale goes into the score, and that of its value into the weight.
 #pragma once
 
 #include "cpu/elementwise.h"
 #include "cpu/threads.h"
 #include "ops.h"
 
+#include <type_traits>
+
 namespace pe {
 namespace {
 
 constexpr float kNever = -1e30f;  // a score that no key has; finite, so that differences stay numbers
 
-// T is what the cache holds: halves (uint16_t), or codes (int8_t) with a scale for each key and each value.
+// T is what the cache holds: halves (uint16_t), or codes with a scale for each key and each value: of 8 bits (int8_t), or of 4 bits, two a
+// byte and with a zero code beside the scale (uint8_t).
 template <class T>
 constexpr bool kScaled = sizeof(T) == 1;
+template <class T>
+constexpr int64_t kPerUnit = std::is_same_v<T, uint8_t> ? 2 : 1;  // elements in a T
+
+// The keys or the values of one head in one slot, d elements each.
+template <class T>
+struct CachedRows {
+  const T* data;
+  const float* scale;
+  const uint8_t* zero;
+  int64_t d;
+
+  CachedRows(const void* all, const float* scales, const uint8_t* zeros, int64_t at, int64_t d)
+      : data(static_cast<const T*>(all) + at / kPerUnit<T>), scale(kScaled<T> ? scales + at / d : nullptr),
+        zero(kPerUnit<T> == 2 ? zeros + at / d : nullptr), d(d) {}
+
+  // Elements c … c + lanes of row t, before its scale; all of them within it, and c a multiple of lanes.
+  template <class V>
+  typename V::F vector(int64_t t, int64_t c) const {
+    const auto v = V::widen(data + (t * d + c) / kPerUnit<T>);
+    if constexpr (kPerUnit<T> == 2) return V::sub(v, V::set(float(zero[t])));
+    else return v;
+  }
+
+  // All elements of row t; the space up to a whole number of vectors becomes 0.
+  template <class V>
+  void row(int64_t t, float* to) const {
+    int64_t c = 0;
+    for (; c + V::lanes <= d; c += V::lanes) V::store(to + c, vector<V>(t, c));
+    for (const int64_t full = (d + V::lanes - 1) / V::lanes * V::lanes; c < full; ++c) to[c] = c < d ? element<V>(t, c) : 0.0f;
+  }
+
+ private:
+  template <class V>
+  float element(int64_t t, int64_t c) const {
+    const T unit = data[(t * d + c) / kPerUnit<T>];
+    if constexpr (kPerUnit<T> == 2) return float((unit >> c % 2 * 4 & 15) - zero[t]);
+    else return V::widen(unit);
+  }
+};
 
 // The keys and values of one head in the slot of a row.
 template <class T>
 struct CachedHead {
-  const T* keys;
-  const T* values;
-  const float* key_scale;
-  const float* value_scale;
+  CachedRows<T> keys, values;
 
-  CachedHead(const Attention& op, int64_t row, int64_t kv_head) {
-    const int64_t at = op.slot[row] * op.cache.slot_stride + kv_head * op.cache.head_stride;
-    keys = static_cast<const T*>(op.cache.k) + at, values = static_cast<const T*>(op.cache.v) + at;
-    key_scale = kScaled<T> ? op.cache.k_scale + at / op.head_dim : nullptr;
-    value_scale = kScaled<T> ? op.cache.v_scale + at / op.head_dim : nullptr;
-  }
+  CachedHead(const Attention& op, int64_t row, int64_t kv_head)
+      : CachedHead(op.cache, op.slot[row] * op.cache.slot_stride + kv_head * op.cache.head_stride, op.head_dim) {}
+
+ private:
+  CachedHead(const KVCache& cache, int64_t at, int64_t d)
+      : keys(cache.k, cache.k_scale, cache.k_zero, at, d), values(cache.v, cache.v_scale, cache.v_zero, at, d) {}
 };
-
-// Elements of the cache to floats; the space up to a whole number of vectors becomes 0.
-template <class V, class T>
-void widen(const T* from, float* to, int64_t count) {
-  int64_t c = 0;
-  for (; c + V::lanes <= count; c += V::lanes) V::store(to + c, V::widen(from + c));
-  for (const int64_t full = (count + V::lanes - 1) / V::lanes * V::lanes; c < full; ++c) to[c] = c < count ? V::widen(from[c]) : 0.0f;
-}
 
 // Queries q[G][d], scaled, over keys and values begin … end of one head.
 template <class V, class T, int G>
@@ -65,10 +96,9 @@ struct Segment {
     for (int64_t j = 0; j < lanes; ++j) {
       for (int g = 0; g < G; ++g) sum[g][j] = V::zero();
       if (t + j >= end) continue;
-      const T* key = head.keys + (t + j) * d;
-      if (d != full()) widen<V>(key, element, d);
+      if (d != full()) head.keys.template row<V>(t + j, element);
       for (int64_t c = 0; c < d; c += lanes) {
-        const F k = d == full() ? V::widen(key + c) : V::load(element + c);
+        const F k = d == full() ? head.keys.template vector<V>(t + j, c) : V::load(element + c);
         for (int g = 0; g < G; ++g) sum[g][j] = V::fma(V::load(q[g] + c), k, sum[g][j]);
       }
     }
@@ -76,7 +106,7 @@ struct Segment {
     for (int64_t j = 0; j < lanes; ++j) position[j] = float(t + j);
     for (int g = 0; g < G; ++g) {
       F s = V::sum_each(sum[g]);
-      if constexpr (kScaled<T>) s = V::mul(s, V::load(head.key_scale + t, int(count(t))));
+      if constexpr (kScaled<T>) s = V::mul(s, V::load(head.keys.scale + t, int(count(t))));
       V::store(score[g] + t - begin, V::where_reaches(V::set(float(end - 1)), V::load(position), s, V::set(kNever)));
     }
   }
@@ -84,14 +114,13 @@ struct Segment {
   // out[g] += Σ weight · value over keys t … t + lanes.
   void add_values(int64_t t, const float (*weight)[kSegment], Seen& seen) const {
     alignas(64) float element[lanes][kHeadDim];
-    const T* value = head.values + t * d;
     if (d != full())
-      for (int64_t j = 0; j < count(t); ++j) widen<V>(value + j * d, element[j], d);
+      for (int64_t j = 0; j < count(t); ++j) head.values.template row<V>(t + j, element[j]);
     for (int64_t c = 0; c < d; c += lanes) {
       F out[G];
       for (int g = 0; g < G; ++g) out[g] = V::load(seen.out[g] + c);
       for (int64_t j = 0; j < count(t); ++j) {
-        const F v = d == full() ? V::widen(value + j * d + c) : V::load(element[j] + c);
+        const F v = d == full() ? head.values.template vector<V>(t + j, c) : V::load(element[j] + c);
         for (int g = 0; g < G; ++g) out[g] = V::fma(V::set(weight[g][t - begin + j]), v, out[g]);
       }
       for (int g = 0; g < G; ++g) V::store(seen.out[g] + c, out[g]);
@@ -108,7 +137,7 @@ struct Segment {
       for (int64_t t = 0; t < end - begin; t += lanes) {
         const F p = exp<V>(V::sub(V::load(score[g] + t), V::set(seen.top[g])));
         sum = V::add(sum, p);
-        V::store(score[g] + t, kScaled<T> ? V::mul(p, V::load(head.value_scale + begin + t, int(count(begin + t)))) : p);
+        V::store(score[g] + t, kScaled<T> ? V::mul(p, V::load(head.values.scale + begin + t, int(count(begin + t)))) : p);
       }
       // exp() clamps at e^-87, so the keys beyond the end have counted for that: nothing beside the 1 of the maximum.
       seen.sum[g] = V::sum(sum);

@@ -252,7 +252,7 @@ struct QLinearTile {
     const int count = int(op.n - at < V::lanes ? op.n - at : V::lanes);
     if (op.bias) v = V::add(v, V::load(op.bias + at, count));
     if (op.residual) v = V::add(v, V::load(op.residual + (first + i) * op.y_stride + at, count));
-    V::store(y_row(i) + at, v, count);
+    count == V::lanes ? V::store(y_row(i) + at, v) : V::store(y_row(i) + at, v, count);
   }
 
   // Tiles by two beside several tokens, by four beside one. The totals of all groups are touched once a group and may wait in L1.
@@ -388,14 +388,15 @@ struct QLinearTile {
     }
   }
 
-  template <int bits, int planes>
-  void run() const {
+  // multiply(begin, end) makes all sums of those tiles of outputs but for the outliers.
+  template <int planes, class Multiply>
+  void run(Multiply multiply) const {
     prepare<planes>();
     // Four pieces a thread: enough to even out skewed outliers, few enough that each stays a long stream. All are whole bands.
     constexpr int64_t kBand = OutlierBand::rows / V::lanes;
     const int64_t pieces = 4 * pe::threads(), grain = (tiles + pieces - 1) / pieces;
     parallel_for(tiles, (grain + kBand - 1) / kBand * kBand, [&](int64_t begin, int64_t end) {
-      tokens<bits, planes>(begin, end);
+      multiply(begin, end);
       if (!op.outlier_band) return;
       const int64_t from = begin * V::lanes, to = end * V::lanes < op.n ? end * V::lanes : op.n;
       op.k > 65536 ? outliers<int32_t>(from, to) : outliers<uint16_t>(from, to);
@@ -404,6 +405,11 @@ struct QLinearTile {
       parallel_for(m, 4, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) gate_row<V>(y_row(i), y_row(i) + op.n / 2, op.y + (first + i) * op.y_stride, op.n / 2);
       });
+  }
+
+  template <int bits, int planes>
+  void run() const {
+    run<planes>([&](int64_t begin, int64_t end) { tokens<bits, planes>(begin, end); });
   }
 };
 

@@ -43,7 +43,7 @@ void round_codes(Codes& codes, const float* x, int64_t n, int low, int high) {
   const float inverse = codes.scale > 0 ? 1.0f / codes.scale : 0.0f;
   for (int64_t c = 0; c < n; ++c) {
     const float v = std::nearbyint(x[c] * inverse);  // NaN for 0 · infinity, beside values of 1e-37 alone
-    codes.code.push_back(std::isnan(v) ? codes.zero : int(std::clamp(v + float(codes.zero), float(low), float(high))));
+    codes.code.push_back(std::isnan(v) ? 0 : int(std::clamp(v + float(codes.zero), float(low), float(high))));
   }
 }
 
@@ -209,7 +209,8 @@ std::vector<double> change_basis(const std::vector<double>& v, int64_t a, int64_
 
 void transform(const Transform& op, void*) {
   for (int64_t i = 0; i < op.m; ++i) {
-    const std::vector<double> t = change_basis(site_input(op, i), op.a, op.b, static_cast<const float*>(op.left), static_cast<const float*>(op.right));
+    const float *left = static_cast<const float*>(op.left), *right = static_cast<const float*>(op.right);
+    const std::vector<double> t = change_basis(site_input(op, i), op.a, op.b, left, right);
     const std::vector<float> rounded(t.begin(), t.end());
     if (op.y) std::copy(rounded.begin(), rounded.end(), op.y + i * op.y_stride);
     if (!op.code) continue;

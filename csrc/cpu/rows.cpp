@@ -3,6 +3,7 @@
 #include "cpu/attention.h"
 #include "cpu/elementwise.h"
 #include "cpu/qlinear.h"
+#include "cpu/rope_kv.h"
 #include "cpu/transform.h"
 #include PE_ISA_HEADER
 

@@ -1,4 +1,4 @@
-// The tile registers of AMX and the bf16 that they multiply: eight tiles of 16 rows of 64 bytes. What vectors do beside them is avx512.h's.
+// The tile registers of AMX and the bf16 and i8 that they multiply: eight tiles of 16 rows of 64 bytes. What vectors do beside them is avx512.h's.
 //
 // Inline assembly instead of the compiler's intrinsics: GCC 12's _tile_loadconfig tells the optimizer of 8 of the 64 bytes it reads, and
 // its loads and stores of tiles claim no memory, so that writes to a buffer move past them.
@@ -39,6 +39,8 @@ struct Amx {
   static void zero() { emulated::tile[tile] = {}; }
   template <int sum, int left, int right>
   static void multiply() { emulated::tile[sum].add_product(emulated::tile[left], emulated::tile[right]); }
+  template <int sum, int left, int right>
+  static void multiply_int8() { emulated::tile[sum].add_int8_product(emulated::tile[left], emulated::tile[right]); }
 #else
   // All eight tiles at full size. Between begin() and end() a context switch saves 8 KiB more.
   static void begin() {
@@ -68,6 +70,11 @@ struct Amx {
   template <int sum, int left, int right>
   static void multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(left), "i"(right));
+  }
+  // sum i32[16][16] += left i8[16][64] · right i8[16 fours][16].
+  template <int sum, int left, int right>
+  static void multiply_int8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(left), "i"(right));
   }
 #endif
 };

@@ -76,9 +76,16 @@ struct Avx2 {
   static float half(uint16_t h) { return _cvtsh_ss(h); }
   static uint16_t half(float f) { return _cvtss_sh(f, 0); }
 
-  // What the KV cache holds, halves or signed codes, as floats.
+  // What the KV cache holds, halves, signed codes or pairs of codes of 4 bits, as floats.
   static F widen(const uint16_t* p) { return load_half(p); }
   static F widen(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
+  static F widen(const uint8_t* p) {
+    int32_t pairs;
+    __builtin_memcpy(&pairs, p, 4);
+    const __m128i v = _mm_cvtsi32_si128(pairs), low = _mm_set1_epi8(15);
+    const __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(v, low), _mm_and_si128(_mm_srli_epi16(v, 4), low));
+    return to_float(_mm256_cvtepu8_epi32(codes));
+  }
   static float widen(uint16_t h) { return half(h); }
   static float widen(int8_t code) { return float(code); }
 

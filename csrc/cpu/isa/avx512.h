@@ -84,9 +84,13 @@ struct Avx512 {
   static float half(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
   static uint16_t half(float f) { return uint16_t(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(f), 0))); }
 
-  // What the KV cache holds, halves or signed codes, as floats.
+  // What the KV cache holds, halves, signed codes or pairs of codes of 4 bits, as floats.
   static F widen(const uint16_t* p) { return load_half(p); }
   static F widen(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+  static F widen(const uint8_t* p) {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
+    return to_float(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_and_si128(v, low), _mm_and_si128(_mm_srli_epi16(v, 4), low))));
+  }
   static float widen(uint16_t h) { return half(h); }
   static float widen(int8_t code) { return float(code); }
 
