@@ -53,7 +53,7 @@ std::optional<double> least_us(const Problem<Op>& problem, const Roofline& roofl
   if (problem.cold_bytes() == 0 || cold == 0) return {};
   double rate = roofline.float_gop_s();
   if constexpr (std::is_same_v<Op, pe::QLinear>)
-    if (problem.op().act_bits == 8) rate = roofline.int_gop_s();
+    if (problem.op().act_bits < 16) rate = roofline.int_gop_s();
   return std::max(problem.cold_bytes() / roofline.read_gb_s, problem.operations() / rate) / 1e3;
 }
 

@@ -173,7 +173,7 @@ void bind_transform(py::module_& m, py::class_<Program>& program) {
   auto c = bind<Transform>(m, program, "Transform");
   c.def_readwrite("m", &Transform::m).def_readwrite("n", &Transform::n).def_readwrite("a", &Transform::a).def_readwrite("b", &Transform::b);
   c.def_readwrite("x_stride", &Transform::x_stride).def_readwrite("y_stride", &Transform::y_stride).def_readwrite("gated", &Transform::gated);
-  c.def_readwrite("eps", &Transform::eps).def_readwrite("bits", &Transform::bits);
+  c.def_readwrite("eps", &Transform::eps).def_readwrite("bits", &Transform::bits).def_readwrite("exact", &Transform::exact);
   pointer(c, "x", &Transform::x), pointer(c, "weight", &Transform::weight), pointer(c, "left", &Transform::left);
   pointer(c, "right", &Transform::right), pointer(c, "y", &Transform::y), pointer(c, "clip", &Transform::clip);
   pointer(c, "code", &Transform::code), pointer(c, "scale", &Transform::scale), dtype(c, &Transform::dtype);

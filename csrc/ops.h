@@ -154,8 +154,9 @@ struct RmsNorm {
 // u8[m,n/2]), and scale f32[m] what a code of 1 stands for. Either may be null, not both.
 // Codes: Q = 2^(bits−1) − 1, scale = max(clip[0] · max(t, 0), clip[1] · max(−t, 0)) / Q over the token, in f32; code = t · (1/scale) rounded to
 // nearest even, at least −Q−1 and at most Q; clip absent is 1, 1. A token with NaN or infinity has codes 0 and a scale of NaN.
-// Bound of y: 1e-5 in f32; on matrix units, which round v and what is between the factors to bf16, 1e-2. On CUDA both are rounded to dtype, and
-// for bf16 the factors too: 1e-3 for f16, 1e-2 for bf16, with t rounded once more for y.
+// Bound of y: 1e-5 in f32; from 16 tokens on 1e-2, with v, the factors and what is between them in bf16, unless `exact` forbids it. On CUDA
+// v and what is between the factors are rounded to dtype, and for bf16 the factors too: 1e-3 for f16, 1e-2 for bf16, with t rounded once
+// more for y.
 // Codes are exact where they are made of an exact t, and else off by one where t lies next to the middle between two.
 struct Transform {
   int64_t m = 0, n = 0, a = 0, b = 0;  // a, b ≤ 256; n is even for 4 bits
@@ -167,6 +168,7 @@ struct Transform {
   float eps = 0;
   const void* left = nullptr;          // nullable [a,a], row-major; f32 on the CPU, f16 for CUDA
   const void* right = nullptr;         // nullable [b,b]
+  bool exact = false;
   float* y = nullptr;                  // nullable; not x
   int64_t y_stride = 0;
   int bits = 8;                        // of code

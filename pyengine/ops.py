@@ -189,12 +189,12 @@ def silu_mul(x: Tensor, out: Tensor | None = None, kernel: str = "", program: Pr
 
 def transform(
     x: Tensor, a: int, b: int, *, left: Tensor | None = None, right: Tensor | None = None, weight: Tensor | None = None, eps: float = 0.0,
-    gated: bool = False, out: Tensor | None = None, codes: tuple[Tensor, Tensor] | None = None, bits: int = 8, clip: Tensor | None = None,
+    gated: bool = False, exact: bool = False, out: Tensor | None = None, codes: tuple[Tensor, Tensor] | None = None, bits: int = 8, clip: Tensor | None = None,
     kernel: str = "", program: Program | None = None,
 ) -> Tensor | None:  # fmt: skip
     """leftᵀ · mat(v)[a, b] · right of every token of x f32[m, a·b] → f32[m, a·b]; v is x, RMSNorm(x)·weight, or silu(gate)·up of x f32[m, 2·a·b].
 
-    left f32[a, a], right f32[b, b], weight f32[a·b]. `codes` (i8[m, a·b] or for 4 bits u8[m, a·b/2], scale f32[m]) takes the quantized result,
+    left f32[a, a], right f32[b, b], weight f32[a·b]. `exact` keeps to f32 where bf16 would be quicker. `codes` (i8[m, a·b] or for 4 bits u8[m, a·b/2], scale f32[m]) takes the quantized result,
     within the ratios clip f32[2]; without `out` nothing else is written then. See Transform in csrc/ops.h.
     """
     m, n = x.shape[0], a * b
@@ -204,6 +204,7 @@ def transform(
         raise ValueError(f"transform: factors of {a} and {b}, expected 1 to 256")
     op = _C.Transform()
     op.m, op.n, op.a, op.b, op.eps, op.gated, op.bits = m, n, a, b, eps, gated, bits
+    op.exact = exact
     op.x, op.x_stride = check(x, "transform: x", float32, (m, 2 * n if gated else n)).data_ptr(), x.stride(0)
     for name, t, shape in (("left", left, (a, a)), ("right", right, (b, b)), ("weight", weight, (n,)), ("clip", clip, (2,))):
         setattr(op, name, 0 if t is None else _contiguous(t, f"transform: {name}", float32, shape).data_ptr())

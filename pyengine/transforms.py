@@ -37,17 +37,22 @@ class Transform:
 
 @dataclass
 class SiteInput:
-    """What the linears of a site read of its raw input: RMSNorm where there is a weight f32[k], then the change of basis if any."""
+    """What the linears of a site read of its raw input: RMSNorm where there is a weight f32[k], then the change of basis if any.
+
+    `exact` keeps to f32 where bf16 would be quicker.
+    """
 
     transform: Transform | None
     norm: Tensor | None = None
     eps: float = 0.0
+    exact: bool = False
 
     def __call__(self, x: Tensor, out: Tensor, program: ops.Program | None = None) -> Tensor:
         """x f32[m, k] → f32[m, k]: in `out`, or x itself where nothing is done to it."""
         t = self.transform
         if t is not None:
-            return ops.transform(x, t.a, t.b, left=t.left, right=t.right, weight=self.norm, eps=self.eps, out=out, program=program)
+            options = {"weight": self.norm, "eps": self.eps, "exact": self.exact, "out": out, "program": program}
+            return ops.transform(x, t.a, t.b, left=t.left, right=t.right, **options)
         return x if self.norm is None else ops.rms_norm(x, self.norm, self.eps, out=out, program=program)
 
 

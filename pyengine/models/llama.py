@@ -190,9 +190,10 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.heads = c, heads
         before = (norms[0], None, norms[1], None)  # by site
-        self.attn_in, self.o_in, self.mlp_in, self.down_in = (SiteInput(t, norm, c.rms_norm_eps) for t, norm in zip(transforms, before))
         self.qkv, self.o, self.gate_up, self.down = linears
         self.exact = isinstance(self.qkv, Dense)  # who runs float weights wants float results
+        sites = [SiteInput(t, norm, c.rms_norm_eps, self.exact) for t, norm in zip(transforms, before)]
+        self.attn_in, self.o_in, self.mlp_in, self.down_in = sites
 
     def forward(self, rows: Rows, kv: LayerCache, rope: tuple[Tensor, Tensor], program: ops.Program | None) -> None:
         """Updates rows.x in place, now or whenever `program` runs."""
