@@ -81,6 +81,8 @@ def expected_attention(cache: Cache, q: torch.Tensor, slot: torch.Tensor, positi
 
 # (query heads, key heads, head_dim, length, positions)
 PROBLEMS = ((4, 4, 64, 80, (0, 79)), (9, 3, 64, 300, (15, 16, 299)), (14, 2, 128, 200, (199,)))
+# So many rows that each has one block, which takes step after step.
+PROBLEMS += ((8, 8, 64, 210, (*range(200, 210), 0, 63, 64, 127, 128, 150, *range(190, 207))),)
 PROBLEMS += ((20, 1, 16, 70, (64, 3, 63)), (2, 1, 80, 100, (99, 50)), (8, 8, 104, 64, (31,)))
 
 
