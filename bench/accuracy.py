@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,17 +125,24 @@ class Float:
 
 
 def make(options: dict) -> dict:
-    """Run `quantize(**options)` in a process of its own: {"seconds", "cpu_seconds", "peak_mib"}, of that process. RowError if it fails."""
+    """Run `quantize(**options)` in a process of its own: {"spec", "seconds", "cpu_seconds", "peak_mib"}, with the defaults that it filled in.
+
+    RowError if it fails.
+    """
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-c", MAKE, json.dumps(options)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+    command = [sys.executable, "-c", MAKE, json.dumps(options)]
+    with tempfile.TemporaryFile("w+") as printed, subprocess.Popen(command, stdout=printed, stderr=subprocess.PIPE, text=True) as child:
         errors = child.stderr.read()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
+        report = printed.read()
     if child.returncode:
         last = errors.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
         raise RowError(last[0].split("Error: ", 1)[-1])
     seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
+    made = {"spec": json.loads(report)["spec"], "seconds": round(seconds, 1)}
+    return made | {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
 
 
 def measure(reference: Float, source: Path, out: Path, options: dict) -> dict:

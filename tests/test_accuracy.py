@@ -48,6 +48,7 @@ def test_rows_are_measured_skipped_and_kept(bench, stories, data, tmp_path, monk
     assert abs(rows["RTN W8"]["nll_difference"]) < 0.02 < rows["RTN"]["nll_difference"] and rows["RTN W8"]["kl"] < 0.01 < rows["RTN"]["kl"]
     assert rows["RTN"]["nll_difference"] == pytest.approx(rows["RTN"]["nll"] - rows["float"]["nll"], abs=1e-7)
     assert 4.25 < rows["RTN"]["bits_per_weight"] < 6 and rows["RTN"]["peak_mib"] > 50 and rows["RTN"]["cpu_seconds"] > 0
+    assert (rows["RTN"]["spec"]["group_size"], rows["RTN"]["spec"]["grid"]) == (32, "range")
     assert not any((tmp_path / "cache" / "accuracy" / "stories260k").iterdir())
     printed = capfd.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in printed] == ["| form", "|---|---|---|---|---|---|---|---|", "| float", "| RTN", "| RTN W8"]
