@@ -12,12 +12,12 @@ KINDS = (".png", ".svg", ".pdf")
 def require(file: str | Path) -> Path:
     """Raise ValueError if a plot could not be drawn or not be written, before the hours that its numbers may take."""
     path = Path(file)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a plot needs matplotlib, which is not installed: pip install matplotlib")
     if path.suffix.lower() not in KINDS:
         raise ValueError(f"{file}: a plot's name ends in {', '.join(KINDS)}")
     if not path.parent.is_dir():
         raise ValueError(f"{file}: the directory {path.parent} does not exist")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a plot needs matplotlib, which is not installed: pip install matplotlib")
     return path
 
 
