@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from . import models
@@ -11,24 +13,18 @@ from .loader import quantization
 
 
 def describe(checkpoint: Checkpoint) -> dict:
-    """bits_per_weight counts what the blocks hold but for their norms, with scales, zeros, outliers, indices and transforms, and outlier_share
-    the outliers among the linears' weights, both from the bytes in the file."""
+    """What the title says, as `pyengine inspect` prints it; of weights and bits what `shares` finds."""
     arch = models.find(checkpoint.config)
     c = arch.Config.from_dict(checkpoint.config)
-    norms = tuple(f".{name}.weight" for name in arch.NORMS)
-    weights = c.num_hidden_layers * sum(n * k for n, k in map(c.linear_shape, arch.LINEARS))
-    linear_bytes = outliers = 0
+    sizes = {}
     for name in checkpoint.names():
         t = checkpoint.get(name)
         if t.is_floating_point() and not torch.isfinite(t).all():
             checkpoint.float(name, tuple(t.shape))  # raises, with the count
-        size = t.numel() * t.element_size()
-        if name.startswith("model.layers.") and not name.endswith(norms):
-            linear_bytes += size
-            outliers += t.numel() if name.endswith((".outlier_value", ".column_value")) else 0
-    on_disk = sum(f.stat().st_size for f in checkpoint.files)
+        sizes[name] = t.numel() * t.element_size()
+    found = shares(arch, c, sizes)
     if checkpoint.format == "gguf":  # its tensors come dequantized: the file itself tells what a weight costs there
-        linear_bytes = None
+        found["bits_per_weight"] = None
     scheme = quantization(checkpoint.config)
     return {
         "path": str(checkpoint.path),
@@ -39,12 +35,22 @@ def describe(checkpoint: Checkpoint) -> dict:
         "heads": [c.num_attention_heads, c.num_key_value_heads],
         "vocabulary": c.vocab_size,
         "context": c.max_position_embeddings,
-        "linear_weights": weights,
-        "bits_per_weight": None if linear_bytes is None else 8 * linear_bytes / weights,
-        "outlier_share": outliers / weights,
-        "size_bytes": on_disk,
+        **found,
+        "size_bytes": sum(f.stat().st_size for f in checkpoint.files),
         "quantization": scheme,
     }
+
+
+def shares(arch: ModuleType, config, sizes: dict[str, int]) -> dict:
+    """linear_weights, bits_per_weight and outlier_share of the blocks' linears, from the bytes of a checkpoint's tensors by name.
+
+    The bits count what the blocks hold but for their norms: codes, scales, zeros, outliers, indices and transforms.
+    """
+    weights = config.num_hidden_layers * sum(n * k for n, k in map(config.linear_shape, arch.LINEARS))
+    norms = tuple(f".{name}.weight" for name in arch.NORMS)
+    held = {name: size for name, size in sizes.items() if name.startswith("model.layers.") and not name.endswith(norms)}
+    outliers = sum(size for name, size in held.items() if name.endswith((".outlier_value", ".column_value"))) // 2
+    return {"linear_weights": weights, "bits_per_weight": 8 * sum(held.values()) / weights, "outlier_share": outliers / weights}
 
 
 def linear_bits(model: torch.nn.Module) -> float:

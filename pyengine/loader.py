@@ -30,8 +30,8 @@ def load(
     model: a Hugging Face directory, a GGUF file or a PyEngine checkpoint; None is the demo model, quantized at first use.
     device: "auto" or "cpu". act_bits and kv_bits: of the activations that quantized linears read, and of the KV cache; 16, 8 or 4,
     None is what the checkpoint asks for, else 16. They hold for every token, so that a prompt and what follows it see the same model.
-    threads: of our kernels and torch; None keeps the current number. kernel: forces a row of the dispatch table for all quantized linears. Raises CheckpointError for
-    a damaged or unsupported checkpoint, ValueError for wrong arguments.
+    threads: of our kernels and torch; None keeps the current number. kernel: forces a row of the dispatch table for all quantized linears.
+    Raises CheckpointError for a damaged or unsupported checkpoint, ValueError for wrong arguments.
     """
     if device not in ("auto", "cpu"):
         raise ValueError(f"device is {device!r}; this build has kernels for 'cpu' ('auto' picks it)")

@@ -194,8 +194,9 @@ def transform(
 ) -> Tensor | None:  # fmt: skip
     """leftᵀ · mat(v)[a, b] · right of every token of x f32[m, a·b] → f32[m, a·b]; v is x, RMSNorm(x)·weight, or silu(gate)·up of x f32[m, 2·a·b].
 
-    left f32[a, a], right f32[b, b], weight f32[a·b]. `exact` keeps to f32 where bf16 would be quicker. `codes` (i8[m, a·b] or for 4 bits u8[m, a·b/2], scale f32[m]) takes the quantized result,
-    within the ratios clip f32[2]; without `out` nothing else is written then. See Transform in csrc/ops.h.
+    left f32[a, a], right f32[b, b], weight f32[a·b]. `exact` keeps to f32 where bf16 would be quicker. `codes` (i8[m, a·b] or for 4 bits
+    u8[m, a·b/2], scale f32[m]) takes the quantized result, within the ratios clip f32[2]; without `out` nothing else is written then. See
+    Transform in csrc/ops.h.
     """
     m, n = x.shape[0], a * b
     if gated and weight is not None:

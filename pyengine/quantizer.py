@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .checkpoint import Writer, require_free
 from .formats import Checkpoint, open_checkpoint
+from .inspect import shares
 from .outlier_report import outlier_report
 from .qtensor import QTensor, fit_group
 from .quant.calibration import Batches, FloatModel, Progress, self_written, show_progress, text_windows, token_hash
@@ -227,16 +228,12 @@ def output_config(source: dict, spec: Spec, calibration: str | None) -> dict:
 
 
 def report(model: FloatModel, spec: Spec, sizes: dict[str, int], groups: dict[int, int], statistics: dict, seconds: dict) -> dict:
-    """What was made, from the bytes that lie on the disk. `bits_per_weight` counts what the blocks hold but for their norms."""
-    c = model.config
-    weights = model.blocks * sum(n * k for n, k in (c.linear_shape(name) for name in model.arch.LINEARS))
-
-    norms = tuple(f".{name}.weight" for name in model.arch.NORMS)
-    held = {name: b for name, b in sizes.items() if name.startswith("model.layers.") and not name.endswith(norms)}
+    """What was made, from the bytes that lie on the disk."""
+    found = shares(model.arch, model.config, sizes)
     return {
         "method": spec.method,
-        "bits_per_weight": 8 * sum(held.values()) / weights,
-        "outlier_share": sum(b for name, b in held.items() if name.endswith((".outlier_value", ".column_value"))) / 2 / weights,
+        "bits_per_weight": found["bits_per_weight"],
+        "outlier_share": found["outlier_share"],
         "size_bytes": sum(sizes.values()),
         "group_sizes": {str(k): group for k, group in groups.items()},
         "seconds": seconds,

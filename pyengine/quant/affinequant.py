@@ -12,19 +12,18 @@ are trained on what the quantized blocks before them make, toward what the float
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import write_file
 from ..qtensor import QTensor, fit_group
 from . import fakequant, rounding
 from .common import Block, Spec, require_finite
-from .flatquant import NORM_BEFORE, O, V, merged_block, observe, row_logits, smoothing, statistics
-from .training import relative_error, train
+from .flatquant import O, V, merged_block, row_logits
+from .merge import NORMS, observe, smoothing
+from .training import note, relative_error, statistics, train
 from .transforms import key
 
 __all__ = ["complete", "quantize_block", "statistics"]
@@ -67,7 +66,7 @@ class AffineBlock(nn.Module):
         super().__init__()
         self.block, self.spec, c = block, spec, block.config
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.scales = nn.ParameterDict({site: nn.Parameter(smoothing(block, site, largest[site], ALPHA)) for site in NORM_BEFORE})
+        self.scales = nn.ParameterDict({site: nn.Parameter(smoothing(block, site, largest[site], ALPHA).log()) for site in NORMS})
         self.value = BandedMatrices(self.kv_heads, self.head_dim, 0.1 if spec.act_bits < 16 else 0.01)
         self.pair_scale = nn.Parameter(torch.zeros(self.kv_heads, self.head_dim // 2))
         self.row_ratios = nn.ParameterDict({key(name): nn.Parameter(row_logits(block, spec, name)) for name in block.linears})
@@ -76,7 +75,7 @@ class AffineBlock(nn.Module):
         """Weights, biases and norms in the new bases, in `dtype`; linears clipped, and fake-quantized if `rounded`."""
         exact = torch.promote_types(dtype, torch.float32)  # of norms and biases, which work on the float stream
         new = {name: t.to(dtype if name.endswith("proj.weight") else exact) for name, t in self.block.weights.items()}
-        for site, norm in NORM_BEFORE.items():
+        for site, norm in NORMS.items():
             new[f"{norm}.weight"] = new[f"{norm}.weight"] * self.scales[site].to(exact).exp()
             for name in self.block.sites[site]:
                 new[f"{name}.weight"] = new[f"{name}.weight"] / self.scales[site].to(dtype).exp()
@@ -127,13 +126,12 @@ def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> di
     """Train one block, merge and round; `inputs()` f32[s, t, hidden] are the float model's, and give the targets."""
     targets, largest = observe(block, inputs())
     affine, x = AffineBlock(block, spec, largest), block.quantized_inputs()
-    note = {"before": relative_error(affine, x[:BATCH], targets[:BATCH])}
+    before = relative_error(affine, x[:BATCH], targets[:BATCH])
     bases = [*affine.scales.parameters(), *affine.value.parameters()] + ([affine.pair_scale] if spec.kv_bits < 16 else [])
     groups = [(bases, RATE), (affine.row_ratios.parameters(), CLIP_RATE)]
     random = torch.Generator().manual_seed(spec.seed + block.index)
     train(groups, affine, x, targets, spec.steps, BATCH, random, lambda step: affine.value.widen(step, spec.steps))
-    note["after"] = relative_error(affine, x[:BATCH], targets[:BATCH])
-    write_file(block.folder / f"error-{block.index:05d}.json", (json.dumps(note).encode(),))
+    note(block, relative_error_before=before, relative_error_after=relative_error(affine, x[:BATCH], targets[:BATCH]))
     return stored(affine, inputs)
 
 
@@ -142,7 +140,7 @@ def stored(affine: AffineBlock, inputs: Callable[[], Tensor]) -> dict[str, QTens
     block = affine.block
     with torch.no_grad():
         weights = {name: w.float() for name, w in affine.merged(torch.float64, False).items()}
-    out = {f"{name}.weight": weights[f"{name}.weight"] for name in NORM_BEFORE.values()}
+    out = {f"{name}.weight": weights[f"{name}.weight"] for name in NORMS.values()}
     for name, t in out.items():
         require_finite(t, block.prefix + name)
     return out | rounding.round_block(merged_block(block, weights, affine.edit), inputs, affine.spec)

@@ -38,9 +38,7 @@ def complete(spec: Spec) -> Spec:
     return rounding.alone(spec, "boa", gptq.SAMPLES, gptq.SEQ_LEN)
 
 
-def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor]:
-    """The quantized linears of one block by name, from the inputs that the quantized blocks before it make."""
-    return rounding.round_block(block, inputs, spec)
+quantize_block = rounding.round_block  # of a block that nothing was done to before
 
 
 @dataclass

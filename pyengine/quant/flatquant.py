@@ -15,24 +15,22 @@ is stored before their inverse is merged, so that the two stay inverse to each o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import write_file
 from ..qtensor import QTensor, fit_group
 from . import fakequant, rounding
 from .common import Block, Spec, require_finite, require_float16
-from .training import relative_error, train
+from .merge import NORMS, observe, smoothing
+from .training import note, relative_error, statistics, train
 from .transforms import PARAMETRISATIONS, balanced_pair, flat_rotation, key, kron
 
+__all__ = ["GROUP_SIZE", "STEPS", "complete", "quantize_block", "statistics"]
 GROUP_SIZE = 0  # a scale a row: what integer kernels for activations want
 STEPS = 32
-NORM_BEFORE = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 SCALED = ("attn_in", "mlp_in", "down_in")  # sites with a scale for each channel
 V, O, UP = "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"
 START_LOGIT = {True: 1.75, False: 4.0}  # of a clip ratio at the start, by whether it is 4 bits or fewer: 0.85, and the paper's 0.98
@@ -87,7 +85,7 @@ class FlatBlock(nn.Module):
         if spec.kv_bits == 4:
             shapes["self_attn.key"] = self.head_dim
         self.matrices = nn.ModuleDict({key(name): make(recipe.start(n, random)) for name, n in shapes.items()})
-        smooth = {site: smoothing(block, site, largest[site], recipe.alpha) for site in SCALED if recipe.scale}
+        smooth = {site: smoothing(block, site, largest[site], recipe.alpha).log() for site in SCALED if recipe.scale}
         self.scales = nn.ParameterDict({site: nn.Parameter(log) for site, log in smooth.items()})
         clipped = dict.fromkeys(block.sites, spec.act_bits) | dict.fromkeys(("key", "value"), spec.kv_bits)
         clipped = {name: bits for name, bits in clipped.items() if recipe.clip and (bits == 4 or bits == 8 and name in block.sites)}
@@ -110,8 +108,8 @@ class FlatBlock(nn.Module):
                 w = old[f"{name}.weight"] / scale[site] if site in scale else old[f"{name}.weight"]
                 w = kron(w, bases[left][1].to(dtype), bases[right][1].to(dtype))
                 new[f"{name}.weight"] = self._rows(w, name, rounded and name != V)
-            if site in scale and site in NORM_BEFORE:
-                new[f"{NORM_BEFORE[site]}.weight"] = new[f"{NORM_BEFORE[site]}.weight"] * self.scales[site].to(exact).exp()
+            if site in scale and site in NORMS:
+                new[f"{NORMS[site]}.weight"] = new[f"{NORMS[site]}.weight"] * self.scales[site].to(exact).exp()
         for name in (f"{V}.weight", f"{V}.bias"):
             if name in new:
                 value, by_head = bases["self_attn.value"][0].to(new[name].dtype), new[name].reshape(-1, self.head_dim, old[name][0].numel())
@@ -166,24 +164,6 @@ def row_logits(block: Block, spec: Spec, name: str) -> Tensor:
     return torch.full((n, k // fit_group(spec.group_size, k), 2), START_LOGIT[spec.bits <= 4])
 
 
-def observe(block: Block, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the block's float outputs f32[samples, t, hidden], the largest magnitude of each input channel f32[k] by site)."""
-    largest: dict[str, Tensor] = {}
-
-    def see(site: str, x: Tensor) -> None:
-        most = x.abs().amax((0, 1))
-        largest[site] = torch.maximum(largest.get(site, most), most)
-
-    with torch.no_grad():
-        return torch.cat([block.forward(block.weights, x, see) for x in inputs.split(4)]), largest
-
-
-def smoothing(block: Block, site: str, largest: Tensor, alpha: float) -> Tensor:
-    """log c f32[k]: c = wmax^(1−α) / xmax^α, which makes both x·c and W/c flatter; `largest` is xmax f32[k]."""
-    w = torch.cat([block.weights[f"{name}.weight"] for name in block.sites[site]]).abs().amax(0)
-    return (w.clamp(min=1e-5).pow(1 - alpha) / largest.clamp(min=1e-5).pow(alpha)).clamp(min=1e-5).log()
-
-
 def merged_block(block: Block, weights: dict[str, Tensor], own: Callable[[str, Tensor], Tensor]) -> Block:
     """The block that a rounding gets: merged weights, and a forward that does `own` between them.
 
@@ -210,11 +190,10 @@ def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> di
     random = torch.Generator().manual_seed(spec.seed + block.index)
     targets, largest = observe(block, x)
     flat, few = FlatBlock(block, spec, recipe, largest, random), slice(0, recipe.batch)
-    note = {"before": relative_error(flat, x[few], targets[few])}
+    before = relative_error(flat, x[few], targets[few])
     bases, clips = [*flat.matrices.parameters(), *flat.scales.parameters()], [*flat.ratios.parameters(), *flat.row_ratios.parameters()]
     train([(bases, recipe.rate), (clips, recipe.clip_rate)], flat, x, targets, spec.steps, recipe.batch, random)
-    note["after"] = relative_error(flat, x[few], targets[few])
-    write_file(block.folder / f"error-{block.index:05d}.json", (json.dumps(note).encode(),))
+    note(block, relative_error_before=before, relative_error_after=relative_error(flat, x[few], targets[few]))
     return stored(flat, inputs)
 
 
@@ -234,7 +213,7 @@ def stored(flat: FlatBlock, inputs: Callable[[], Tensor]) -> dict[str, QTensor |
             out |= {f"{site}.clip": flat.clip(site) for site in block.sites}
         if spec.kv_bits == 4:
             out |= {"self_attn.k_clip": flat.clip("key"), "self_attn.v_clip": flat.clip("value")}
-    for name in NORM_BEFORE.values():
+    for name in NORMS.values():
         out[f"{name}.weight"] = weights[f"{name}.weight"]
         require_finite(weights[f"{name}.weight"], f"{block.prefix}{name}")
     own = flat.edit({name: (p.float(), inverse.float()) for name, (p, inverse) in bases.items()}, True)
@@ -246,9 +225,3 @@ def _exact(p: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """(P, P⁻ᵀ) f64 of a matrix as it is stored."""
     require_finite(p, name)
     return p.double(), torch.linalg.inv(p.double()).mT
-
-
-def statistics(folder: Path) -> dict:
-    """The relative error of each block's output before and after training, on the first windows."""
-    notes = [json.loads(f.read_text()) for f in sorted(folder.glob("error-*.json"))]
-    return {f"relative_error_{when}": [round(n[when], 5) for n in notes] for when in ("before", "after")}

@@ -13,19 +13,19 @@ trained is what is stored.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import write_file
 from ..qtensor import QTensor, fit_group
-from . import training
+from . import rounding, training
 from .common import Block, Spec, assemble, fit_grid, require_finite, round_codes
+from .merge import observe
+from .training import statistics
 
+__all__ = ["MIXED_BITS", "STEPS", "complete", "quantize_block", "round_block", "statistics"]
 MIXED_BITS = True
 STEPS = 32
 BATCH = 4  # windows a step
@@ -35,8 +35,7 @@ MOST = 1.0  # |log S2|: a weight is divided by 0.37 to 2.7
 
 def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults; ValueError if another rounding is asked for."""
-    if spec.rounding not in (None, "flexround"):
-        raise ValueError(f"rounding is {spec.rounding!r}, but flexround is a rounding itself; use method {spec.rounding}")
+    rounding.require_own(spec, "flexround")
     if spec.grid not in (None, "range"):
         raise ValueError(f"grid is {spec.grid!r}, but flexround learns its grid from where rounding to nearest begins")
     spec = replace(spec, samples=spec.samples or 32, seq_len=spec.seq_len or 256)
@@ -110,7 +109,7 @@ def round_block(block: Block, inputs: Callable[[], Tensor], spec: Spec, masks: d
         w = block.weights[f"{name}.weight"]
         require_finite(w, block.prefix + name)
         matrices[name] = Divided(w, spec.at(block.prefix + name), masks.get(name), rank, random)
-    x, targets = block.quantized_inputs(), outputs(block, inputs())
+    x, (targets, _) = block.quantized_inputs(), observe(block, inputs())
 
     def forward(x: Tensor) -> Tensor:
         return block.forward(block.weights | {f"{name}.weight": m() for name, m in matrices.items()}, x)
@@ -119,25 +118,7 @@ def round_block(block: Block, inputs: Callable[[], Tensor], spec: Spec, masks: d
     parameters = [p for m in matrices.values() for p in m.parameters()]
     steps = STEPS if spec.steps is None else spec.steps
     training.train([(parameters, RATE)], forward, x, targets, steps, min(BATCH, len(x)), random)
-    note(block, before, training.relative_error(forward, x, targets), [m.moved() for m in matrices.values()])
+    after, moved = training.relative_error(forward, x, targets), torch.cat([m.moved().flatten() for m in matrices.values()])
+    shares = {name: float((moved >= least).double().mean()) for name, least in (("moved", 1), ("moved_far", 2))}  # by a step, by more
+    training.note(block, relative_error_before=before, relative_error_after=after, **shares)
     return {name: m.stored(block.weights.get(f"{name}.bias"), block.prefix + name) for name, m in matrices.items()}
-
-
-def outputs(block: Block, x: Tensor) -> Tensor:
-    """The float block's, f32 like x[s, t, hidden]."""
-    with torch.no_grad():
-        return torch.cat([block.forward(block.weights, part) for part in x.split(BATCH)])
-
-
-def note(block: Block, before: float, after: float, moved: list[Tensor]) -> None:
-    """Leave in the block's folder what `statistics` gathers."""
-    total = sum(m.numel() for m in moved)
-    found = {"error_before": before, "error_after": after}
-    found |= {key: sum(int((m >= least).sum()) for m in moved) / total for key, least in (("moved", 1), ("moved_far", 2))}
-    write_file(block.folder / f"flexround-{block.index:05d}.json", (json.dumps(found).encode(),))
-
-
-def statistics(folder: Path) -> dict:
-    """By block: relative output error before and after training, shares of codes that moved by a step and by more."""
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("flexround-*.json"))]
-    return {key: [round(f[key], 6) for f in found] for key in found[0]} if found else {}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..qtensor import QTensor
-from . import flexround
+from . import flexround, rounding
 from .common import Block, Spec
 from .flexround import MIXED_BITS, STEPS, statistics
 
@@ -19,8 +19,7 @@ RANK = 32
 
 def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults; ValueError if another rounding is asked for."""
-    if spec.rounding not in (None, "lrq"):
-        raise ValueError(f"rounding is {spec.rounding!r}, but lrq is a rounding itself; use method {spec.rounding}")
+    rounding.require_own(spec, "lrq")
     return replace(flexround.complete(replace(spec, rounding=None)), rounding="lrq")
 
 

@@ -21,6 +21,12 @@ NORMS = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}  # 
 LINEARS = {"o_in": "self_attn.v_proj", "down_in": "mlp.up_proj"}
 
 
+def smoothing(block: Block, site: str, largest: Tensor, alpha: float) -> Tensor:
+    """c f32[k] = wmax^(1−α) / xmax^α, which makes both x·c and W/c flatter; `largest` is xmax f32[k], wmax is over all that read the site."""
+    w = torch.cat([block.weights[f"{name}.weight"] for name in block.sites[site]]).abs().amax(0)
+    return (w.clamp(min=1e-5).pow(1 - alpha) / largest.clamp(min=1e-5).pow(alpha)).clamp(min=1e-5)
+
+
 def shared(site: str, statistic: Tensor, config) -> Tensor:
     """f32[k]: the statistic of each input, averaged over the inputs that must share a scale."""
     if site != "o_in":
@@ -47,6 +53,18 @@ def scale_inputs(weights: dict[str, Tensor], site: str, names: tuple[str, ...], 
 def changed_norms(block: Block, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The norms that merging has changed, by their name inside the block, as f32: what they hold is no longer a float16 number."""
     return {key: w for name in NORMS.values() if (w := weights[key := f"{name}.weight"]) is not block.weights[key]}
+
+
+def observe(block: Block, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the float block's outputs f32[s, t, hidden], the largest magnitude of each input channel f32[k] by site)."""
+    largest: dict[str, Tensor] = {}
+
+    def see(site: str, x: Tensor) -> None:
+        most = x.abs().amax((0, 1))
+        largest[site] = torch.maximum(largest.get(site, most), most)
+
+    with torch.no_grad():
+        return torch.cat([block.forward(block.weights, x, see) for x in inputs.split(4)]), largest
 
 
 def visit_inputs(block: Block, inputs: Tensor, see: Callable[[str, Tensor], None]) -> None:

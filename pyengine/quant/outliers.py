@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .common import Spec, top_mask
 
+
 def choose(scores: dict[str, Tensor], sites: dict[str, tuple[str, ...]], spec: Spec) -> dict[str, Tensor]:
     """What stays float16 of each linear, i64[p] ascending: flat indices of f32[n, k], or columns for that scope.
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..qtensor import QTensor
 from .common import Block, Spec, quantize_matrix
 
-
 MIXED_BITS = True
 
 

@@ -17,7 +17,6 @@ can be those of what the runtime will compute. A method with transforms passes a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -116,9 +115,14 @@ def complete(spec: Spec, own: str = "rtn", samples: int = 0, seq_len: int = 0) -
     return replace(spec, samples=spec.samples or samples, seq_len=spec.seq_len or seq_len) if samples else replace(spec, samples=0, seq_len=0)
 
 
-def alone(spec: Spec, name: str, samples: int, seq_len: int) -> Spec:
-    """`spec` for a rounding that is the whole method, with its windows; ValueError if another rounding is asked for."""
+def require_own(spec: Spec, name: str) -> None:
+    """ValueError if another rounding is asked for than the method called `name`, which is one itself."""
     if spec.rounding not in (None, name):
         raise ValueError(f"rounding is {spec.rounding!r}, but {name} is a rounding itself; use method {spec.rounding}")
+
+
+def alone(spec: Spec, name: str, samples: int, seq_len: int) -> Spec:
+    """`spec` for a rounding that is the whole method, with its windows; ValueError if another rounding is asked for."""
+    require_own(spec, name)
     windows = {"samples": spec.samples or samples, "seq_len": spec.seq_len or seq_len}
     return replace(spec, outliers=0.0, score=None, scope=None, rounding=name, grid=spec.grid or "search", **windows)

@@ -12,12 +12,10 @@ The paper's rotation is another method's part: `--method quarot --rounding rsq`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..qtensor import QTensor
 from . import gptq, rounding
 from .common import Block, Spec
 from .gptq import SINK_WEIGHT, Factor, round_matrix
@@ -31,9 +29,7 @@ def complete(spec: Spec) -> Spec:
     return rounding.alone(spec, "rsq", samples=gptq.SAMPLES, seq_len=gptq.SEQ_LEN)
 
 
-def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor]:
-    """The quantized linears of one block by name, from the inputs that the quantized blocks before it make."""
-    return rounding.round_block(block, inputs, spec)
+quantize_block = rounding.round_block  # of a block that nothing was done to before
 
 
 def collect(block: Block, weights: dict[str, Tensor], site: str, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, Factor]:

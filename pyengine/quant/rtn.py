@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..qtensor import QTensor
+from . import rounding
 from .common import Block, Spec, quantize_matrix
 
 MIXED_BITS = True
@@ -15,8 +16,7 @@ MIXED_BITS = True
 
 def complete(spec: Spec) -> Spec:
     """`spec` as this method takes it; ValueError if another rounding or a searched grid is asked for."""
-    if spec.rounding not in (None, "rtn"):
-        raise ValueError(f"rounding is {spec.rounding!r}, but rtn is a rounding itself; use method {spec.rounding}")
+    rounding.require_own(spec, "rtn")
     if spec.grid not in (None, "range"):
         raise ValueError(f"grid is {spec.grid!r}, but rtn reads no text that could say what an error costs")
     return replace(spec, outliers=0.0, score=None, scope=None, rounding="rtn", grid="range", samples=0, seq_len=0)

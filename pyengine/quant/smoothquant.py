@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..qtensor import QTensor
 from . import rounding
 from .common import Block, Spec
-from .merge import NORMS, changed_norms, scale_inputs, visit_inputs
+from .merge import NORMS, changed_norms, observe, scale_inputs, smoothing
 
 MIXED_BITS = True
 GROUP_SIZE = 0
@@ -31,17 +30,7 @@ def complete(spec: Spec) -> Spec:
 
 def quantize_block(block: Block, inputs: Callable[[], Tensor], spec: Spec) -> dict[str, QTensor | Tensor]:
     """The quantized linears of one block by name, and its norms. `inputs()` are its float inputs f32[s, t, hidden]."""
-    top: dict[str, Tensor] = {}
-
-    def see(site: str, x: Tensor) -> None:
-        largest = x.abs().amax((0, 1))
-        top[site] = torch.maximum(top[site], largest) if site in top else largest
-
-    visit_inputs(block, inputs(), see)
-    weights = dict(block.weights)
+    weights, (_, largest) = dict(block.weights), observe(block, inputs())
     for site in NORMS:
-        names = block.sites[site]
-        of_weights = torch.stack([block.weights[f"{name}.weight"].abs().amax(0) for name in names]).amax(0)
-        s = top[site].clamp(min=1e-5) ** ALPHA / of_weights.clamp(min=1e-5) ** (1 - ALPHA)
-        scale_inputs(weights, site, names, s, block.config)
+        scale_inputs(weights, site, block.sites[site], 1 / smoothing(block, site, largest[site], ALPHA), block.config)
     return changed_norms(block, weights) | rounding.round_block(replace(block, weights=weights), inputs, spec)

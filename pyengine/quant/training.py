@@ -8,12 +8,17 @@ value, so that the gradient is that of its logarithm and one rate fits every dep
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from ..checkpoint import write_file
+from .common import Block
 
 FLOOR = 1e-3  # of the first group's rate
 Forward = Callable[[Tensor], Tensor]
@@ -62,6 +67,17 @@ def relative_error(forward: Forward, inputs: Tensor, targets: Tensor) -> float:
     """The root of `error` over all the windows."""
     with torch.no_grad(), fast_matmul():
         return math.sqrt(float(error(forward(inputs), targets)))
+
+
+def note(block: Block, **found: float) -> None:
+    """Leave in the block's folder what `statistics` gathers."""
+    write_file(block.folder / f"training-{block.index:05d}.json", (json.dumps(found).encode(),))
+
+
+def statistics(folder: Path) -> dict[str, list[float]]:
+    """Of each block what training has noted: its relative output error before and after, and what else the method counts."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("training-*.json"))]
+    return {key: [round(f[key], 6) for f in found] for key in found[0]} if found else {}
 
 
 def fast_matmul():

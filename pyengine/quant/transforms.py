@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-LARGEST = 256  # rows of a factor: what the kernels hold
+from ..transforms import LARGEST
 
 
 def balanced_pair(k: int) -> tuple[int, int]:
