@@ -19,7 +19,12 @@ struct Placed {
 
 // What a row of the table is asked about: the op before its operands are on the GPU, with the strides that they will have there.
 template <class Op>
-Op asked(const Problem<Op>& problem, const Spec& spec);
+Op asked(const Problem<Op>& problem, const Spec& spec) {
+  Op op = problem.op();
+  op.dtype = spec.dtype;
+  if constexpr (std::is_same_v<Op, pe::QLinear>) op.x_stride = (op.k + 7) / 8 * 8;
+  return op;
+}
 
 // With `cold` = 0 there is one copy.
 template <class Op>

@@ -133,4 +133,26 @@ inline void compare(Norms& norms, const float* y, const float* wanted, int64_t c
   for (int64_t i = 0; i < count; ++i) norms.add(y[i], wanted[i]);
 }
 
+// ‖y − oracle‖ / ‖oracle‖ of the op without its result: of all rows of y[m, n], and of the rows of a linear that sample() picks.
+template <class Op>
+double error_of_rows(Op op, const float* y) {
+  std::vector<float> wanted(static_cast<size_t>(op.m * op.n));
+  op.y = wanted.data();
+  oracle<Op>().run(op, nullptr);
+  Norms norms;
+  compare(norms, y, wanted.data(), op.m * op.n);
+  return norms.ratio();
+}
+inline double error_of_tokens(const pe::QLinear& op, const float* y, int64_t y_stride) {
+  std::vector<float> wanted(static_cast<size_t>(op.n));
+  Norms norms;
+  for (int64_t i : sample(op.m)) {
+    pe::QLinear one = op;
+    one.m = 1, one.x = op.x + i * op.x_stride, one.y = wanted.data();
+    oracle<pe::QLinear>().run(one, nullptr);
+    compare(norms, y + i * y_stride, wanted.data(), op.n);
+  }
+  return norms.ratio();
+}
+
 }  // namespace bench

@@ -187,15 +187,7 @@ template <>
 double Problem<QLinear>::error(const Kernel<QLinear>& kernel) const {
   const auto prepared = prepare(kernel, 0);
   kernel.run(prepared.copies[0], nullptr);
-  std::vector<float> wanted(static_cast<size_t>(op_.n));
-  Norms norms;
-  for (int64_t i : sample(op_.m)) {
-    QLinear one = op_;
-    one.m = 1, one.x = op_.x + i * op_.x_stride, one.y = wanted.data();
-    oracle<QLinear>().run(one, nullptr);
-    compare(norms, op_.y + i * op_.y_stride, wanted.data(), op_.n);
-  }
-  return norms.ratio();
+  return error_of_tokens(op_, op_.y, op_.y_stride);
 }
 
 // ---- RmsNorm and SiluMul: their operands are a few vectors that the op before has just written, so they stay warm.
@@ -242,17 +234,6 @@ Prepared<Op> warm(const Op& op) {
   prepared.copies.push_back(op);
   return prepared;
 }
-template <class Op>
-double error_of_rows(const Op& op, const Kernel<Op>& kernel) {
-  std::vector<float> wanted(static_cast<size_t>(op.m * op.n));
-  Op reference = op;
-  reference.y = wanted.data();
-  oracle<Op>().run(reference, nullptr);
-  kernel.run(op, nullptr);
-  Norms norms;
-  compare(norms, op.y, wanted.data(), op.m * op.n);
-  return norms.ratio();
-}
 }  // namespace
 template <>
 double Problem<RmsNorm>::cold_bytes() const {
@@ -272,11 +253,13 @@ Prepared<SiluMul> Problem<SiluMul>::prepare(const Kernel<SiluMul>&, size_t) cons
 }
 template <>
 double Problem<RmsNorm>::error(const Kernel<RmsNorm>& kernel) const {
-  return error_of_rows(op_, kernel);
+  kernel.run(op_, nullptr);
+  return error_of_rows(op_, op_.y);
 }
 template <>
 double Problem<SiluMul>::error(const Kernel<SiluMul>& kernel) const {
-  return error_of_rows(op_, kernel);
+  kernel.run(op_, nullptr);
+  return error_of_rows(op_, op_.y);
 }
 
 }  // namespace bench

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from emu.device import device, kernel_device  # noqa: F401  (fixtures)
+from stories import TEXT
 
 
 def pytest_addoption(parser):
@@ -42,6 +43,14 @@ def data() -> Path:
 def stories(data) -> Path:
     """A real 260k-parameter Llama in float32 with a SentencePiece vocabulary."""
     return data / "models" / "stories260k"
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A text to calibrate on, of some 1000 tokens."""
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
 
 
 @pytest.fixture(scope="session")

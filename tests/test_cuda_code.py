@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from pyengine import _C
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHS = ("80", "90a")

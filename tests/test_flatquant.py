@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stories import quiet
 
 from pyengine.formats import open_checkpoint
 from pyengine.models import llama
@@ -19,10 +20,6 @@ from pyengine.tokenizer import load_tokenizer
 
 driver = importlib.import_module("pyengine.quantizer")
 SPEC = Spec("flatquant", rounding="rtn", grid="range", act_bits=4, kv_bits=4, group_size=0, steps=12)
-
-
-def quiet(items, label):
-    return items
 
 
 @pytest.fixture(params=["gqa", "odd"])

@@ -1,12 +1,11 @@
 """GPTQ against the closed form it unrolls, the streams it learns from, and rounding as an option of other methods."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
+from stories import STORIES, TEXT, contents, crash_at, needs_stories, quiet
 
-from pyengine import checkpoint as checkpoint_module
 from pyengine.formats import open_checkpoint
 from pyengine.models import llama
 from pyengine.quant import gptq, rounding, rtn
@@ -15,29 +14,11 @@ from pyengine.quant.common import Block, Spec, fit_grid, quantize_matrix
 from pyengine.tokenizer import load_tokenizer
 
 driver = importlib.import_module("pyengine.quantizer")
-STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260k"
-needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="the stories260k model is not there")
-TEXT = "Once upon a time there was a little girl who liked to play outside. One day she saw a big red ball. " * 40
 GPTQ, GWQ_GPTQ = {"method": "gptq"}, {"method": "gwq", "rounding": "gptq", "symmetric": False, "bits": 3}
-
-
-def quiet(items, label):
-    return items
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text(TEXT)
-    return file
 
 
 def quantize(out, method="gptq", **options):
     return driver.quantize(STORIES, out, method, **{"samples": 3, "seq_len": 24, "group_size": 32, "progress": quiet} | options)
-
-
-def contents(folder):
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def correlated(tokens, k, seed=0):
@@ -172,19 +153,8 @@ def test_a_transform_is_folded_back_into_the_stream(model):
 def test_resume_after_a_crash_gives_the_same_bytes(tmp_path, text, monkeypatch, options, nth):
     """The process dies before the nth file gets its name; without a crash two runs give the same bytes."""
     quantize(tmp_path / "whole", calib=text, **options)
-    count, real = 0, checkpoint_module.os.replace
-
-    def replace(a, b):
-        nonlocal count
-        count += 1
-        if count == nth:
-            raise KeyboardInterrupt
-        real(a, b)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_module.os, "replace", replace)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(tmp_path / "out", calib=text, **options)
+    with crash_at(monkeypatch, nth):
+        quantize(tmp_path / "out", calib=text, **options)
     assert len(list((tmp_path / "out.partial" / "work").glob("quantized-*.npy"))) <= 2
     quantize(tmp_path / "out", calib=text, resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

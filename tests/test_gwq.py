@@ -3,12 +3,12 @@
 import dataclasses
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from stories import STORIES, needs_stories, quiet
 
 from pyengine.formats import open_checkpoint
 from pyengine.models import llama
@@ -18,17 +18,12 @@ from pyengine.quant.common import Block, Spec, rounding_error, top_mask
 from pyengine.quant.outliers import choose
 from pyengine.tokenizer import load_tokenizer
 
-STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260k"
-pytestmark = pytest.mark.skipif(not STORIES.exists(), reason="the stories260k model is not there")
+pytestmark = needs_stories
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
     "She wanted to play with it, but it was too high. Lily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know "
     "what to do. She said, \"I want to play with your ball, but I can't find it.\" Lily was sad and went home with her mom. "
 )
-
-
-def quiet(items, label):
-    return items
 
 
 @pytest.fixture

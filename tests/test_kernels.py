@@ -452,13 +452,8 @@ def test_the_oracle_of_rope_turns_pairs():
     assert torch.equal(v[0, 0, 4:7], qkv[:, 2 * d :].half())
 
 
-@pytest.mark.parametrize("head_dim", (2, 8, 36, 64, 128, 256))
-@pytest.mark.parametrize("heads, kv_heads", ((1, 1), (9, 3), (8, 1)))
-@pytest.mark.parametrize("kernel", rows("Attention"))
-def test_attention_matches_the_oracle(kernel, heads, kv_heads, head_dim):
-    length = 600
-    k, v = kv(3, kv_heads, length, head_dim)
-    k[:, :, 590:], v[:, :, 590:] = torch.nan, torch.nan  # positions that nobody has reached
+def check_attention(kernel: str, k: torch.Tensor, v: torch.Tensor, heads: int, head_dim: int, kv_scale: tuple | None = None) -> None:
+    """A kernel against the oracle over a cache of three slots with 590 tokens and more."""
     cases = {
         "first token": [(0, 0)],
         "decode of a batch": [(0, 5), (1, 589), (2, 255), (2, 256), (0, 511), (1, 512)],
@@ -472,9 +467,17 @@ def test_attention_matches_the_oracle(kernel, heads, kv_heads, head_dim):
             continue
         slot, position = torch.tensor(where, dtype=torch.int32).T.contiguous()
         q = torch.randn(len(where), heads * head_dim) * 3
-        y = ops.attention(q, k, v, slot, position, head_dim**-0.5, kernel=kernel)
-        expected = ops.attention(q, k, v, slot, position, head_dim**-0.5, kernel="attention_reference")
+        y, expected = (ops.attention(q, k, v, slot, position, head_dim**-0.5, kv_scale=kv_scale, kernel=row) for row in (kernel, "attention_reference"))
         assert error(y, expected) <= (1e-2 if kernel == "attention_amx" else 1e-5), name
+
+
+@pytest.mark.parametrize("head_dim", (2, 8, 36, 64, 128, 256))
+@pytest.mark.parametrize("heads, kv_heads", ((1, 1), (9, 3), (8, 1)))
+@pytest.mark.parametrize("kernel", rows("Attention"))
+def test_attention_matches_the_oracle(kernel, heads, kv_heads, head_dim):
+    k, v = kv(3, kv_heads, 600, head_dim)
+    k[:, :, 590:], v[:, :, 590:] = torch.nan, torch.nan  # positions that nobody has reached
+    check_attention(kernel, k, v, heads, head_dim)
 
 
 @pytest.mark.parametrize("kernel", rows("Attention"))

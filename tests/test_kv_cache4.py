@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernels import error, rows
+from test_kernels import check_attention, error, rows
 
 from pyengine import ops
 from pyengine.cache import KVCache
@@ -132,19 +132,7 @@ def test_attention_matches_the_oracle(kernel, heads, kv_heads, head_dim):
     k, v, kv_scale = filled_cache(3, kv_heads, 600, head_dim)
     for scale in kv_scale[:2]:
         scale[:, :, 590:] = torch.nan  # positions that nobody has reached
-    cases = {
-        "first token": [(0, 0)],
-        "decode of a batch": [(0, 5), (1, 589), (2, 255), (2, 256), (0, 511), (1, 512)],
-        "prefill": [(1, i) for i in range(70)],
-        "a mix": [(0, i) for i in range(40)] + [(1, 589), (2, 3), (2, 4)],
-    }
-    for name, where in cases.items():
-        if kernel == "attention_amx" and (len(where) < 16 or head_dim % 32):
-            continue
-        slot, position = torch.tensor(where, dtype=torch.int32).T.contiguous()
-        q = torch.randn(len(where), heads * head_dim)
-        y, expected = (ops.attention(q, k, v, slot, position, head_dim**-0.5, kv_scale=kv_scale, kernel=row) for row in (kernel, "attention_reference"))
-        assert error(y, expected) <= (1e-2 if kernel == "attention_amx" else 1e-5), name
+    check_attention(kernel, k, v, heads, head_dim, kv_scale)
 
 
 @pytest.mark.parametrize("which", (0, 1))

@@ -6,12 +6,12 @@ import copy
 import io
 import os
 import signal
-import sys
 import threading
 
 import pytest
 import torch
 from torch import nn
+from test_memory import from_threads
 from weights import random_weight
 
 import pyengine
@@ -171,16 +171,7 @@ def test_threads_do_not_disturb_each_other():
             if not torch.equal(layers[a](xs[b]), expected[a][b]):
                 wrong.append((a, b))
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # change threads between any two steps of forward()
-    try:
-        threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    finally:
-        sys.setswitchinterval(interval)
+    from_threads(work)
     assert not wrong
 
 

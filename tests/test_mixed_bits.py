@@ -2,10 +2,10 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from stories import STORIES, needs_stories, quiet
 
 from pyengine.cli import main
 from pyengine.formats import open_checkpoint
@@ -16,20 +16,6 @@ from pyengine.quant import auto
 from pyengine.quant.auto import Form, allocate, hull
 from pyengine.quant.common import Spec, quantize_matrix
 from pyengine.quantizer import bits_map, quantize
-
-STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260k"
-needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="the stories260k model is not there")
-
-
-def quiet(items, label):
-    return items
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text("Once upon a time there was a little girl who liked to play outside. One day she saw a big red ball. " * 40)
-    return file
 
 
 def stored(out, name) -> QTensor:

@@ -2,20 +2,17 @@
 
 import builtins
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from stories import STORIES, needs_stories
+from weights import random_weight
 
 from pyengine.formats import open_checkpoint
 from pyengine.models import llama
 from pyengine.outlier_report import Crowding, kept_by_line, measure
 from pyengine.qtensor import QTensor
 from pyengine.quantizer import quantize
-from weights import random_weight
-
-STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260k"
-needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="the stories260k model is not there")
 
 
 def test_rows_and_columns_are_counted():

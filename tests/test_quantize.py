@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stories import STORIES, contents, crash_at, needs_stories, quiet
 
 from pyengine import checkpoint as checkpoint_module
 from pyengine.errors import CheckpointError
@@ -27,28 +28,11 @@ from pyengine.tokenizer import load_tokenizer
 
 driver = importlib.import_module("pyengine.quantizer")
 DATA = Path(__file__).parents[2] / "shared" / "data"
-STORIES = DATA / "models" / "stories260k"
-needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="the stories260k model is not there")
-
-
-def quiet(items, label):
-    return items
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text("Once upon a time there was a little girl who liked to play outside. One day she saw a big red ball. " * 40)
-    return file
 
 
 def quantize(out, method="gwq", **options):
     options = {"samples": 2, "seq_len": 24, "progress": quiet} | options
     return driver.quantize(STORIES, out, method, **options)
-
-
-def contents(folder):
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 # ---- arithmetic
@@ -263,26 +247,15 @@ def test_same_request_same_bytes(tmp_path, text):
 @pytest.mark.parametrize("nth", [1, 2, 8, 9, 10, 11, 14, 20, 30, 49, 50, 51, 56, 57, 58])
 def test_resume_after_a_crash_gives_the_same_bytes(tmp_path, text, monkeypatch, nth):
     """The process dies before the nth file gets its name; 2 blocks and the end are among the places."""
-    out, count, real = tmp_path / "out", 0, checkpoint_module.os.replace
-
-    def replace(a, b):
-        nonlocal count
-        count += 1
-        if count == nth:
-            raise KeyboardInterrupt
-        real(a, b)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_module.os, "replace", replace)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(out, calib=text)
+    out = tmp_path / "out"
+    with crash_at(monkeypatch, nth):
+        quantize(out, calib=text)
     assert not out.exists()
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path / "out.partial")
     left = contents(tmp_path / "out.partial")
-    count = 0
+    written, real = [], checkpoint_module.os.replace
     monkeypatch.setattr(checkpoint_module.os, "replace", lambda a, b: (written.append(Path(b).name), real(a, b)))
-    written = []
     quantize(out, calib=text, resume=True)
     # Finished inputs, gradients and shards are not made again; a block that was cut short redoes its masks.
     for name in left:

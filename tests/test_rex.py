@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from stories import STORIES, needs_stories
 from weights import random_weight
 
 from pyengine import ops
@@ -20,8 +20,6 @@ from pyengine.qtensor import ORDERS, QTensor
 from pyengine.quant import rex
 from pyengine.quant.common import Spec
 from pyengine.quantizer import quantize
-
-STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260k"
 
 
 def summed(n: int, k: int, *rows: int, bias: bool = False) -> QTensor:
@@ -139,7 +137,7 @@ def test_scatter_add_adds_where_it_says():
     assert torch.equal(wide[:, :9], expected) and (wide[:, 9:] == 1).all()
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="the stories260k model is not there")
+@needs_stories
 def test_checkpoints_load_and_lose_less(tmp_path):
     ids = [1, 403, 407, 261, 378]
     expected, losses = load(STORIES).logits(ids), []

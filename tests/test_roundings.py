@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gptq import STORIES, TEXT, closed_form, contents, correlated, needs_stories, output_error, quantize, quiet
+from stories import STORIES, TEXT, contents, needs_stories, quiet
+from test_gptq import closed_form, correlated, quantize
 
 from pyengine import ops
 from pyengine.formats import open_checkpoint
@@ -16,13 +17,6 @@ from pyengine.quant.calibration import Batches, FloatModel
 from pyengine.quant.common import Block, Spec, assemble, fit_grid, quantize_matrix, round_codes
 from pyengine.quant.grid import search_grid
 from pyengine.tokenizer import load_tokenizer
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text(TEXT)
-    return file
 
 
 @pytest.fixture

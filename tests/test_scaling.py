@@ -1,10 +1,10 @@
 """Methods that scale the inputs of a site: the merged block computes the same, and each scale is what its paper says."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from stories import STORIES, needs_stories, quiet
 
 from pyengine.formats import open_checkpoint
 from pyengine.loader import load
@@ -15,12 +15,7 @@ from pyengine.quant.common import Block, Spec
 from pyengine.quant.outliers import choose, mask_of
 from pyengine.quantizer import quantize
 
-STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260k"
-pytestmark = pytest.mark.skipif(not STORIES.exists(), reason="the stories260k model is not there")
-
-
-def quiet(items, label):
-    return items
+pytestmark = needs_stories
 
 
 @pytest.fixture

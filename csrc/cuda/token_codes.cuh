@@ -20,10 +20,15 @@ inline const char* refuses_transform(const Transform& op) {
   return aligned16(op.code) ? nullptr : "codes are not 16-byte aligned";
 }
 
-// Eight neighbouring values of a token's v, before RMSNorm's factor.
+// Eight neighbouring values of a token's v; with a weight `factor` is what RMSNorm divides by, inverted.
 template <class T>
-__device__ __forceinline__ void read_v(const Transform& op, const T* row, int at, float (&v)[8]) {
+__device__ __forceinline__ void read_v(const Transform& op, const T* row, int at, float factor, float (&v)[8]) {
   load8(row + at, v);
+  if (op.weight) {
+    float weight[8];
+    load8(op.weight + at, weight);
+    for (int i = 0; i < 8; ++i) v[i] *= factor * weight[i];
+  }
   if (!op.gated) return;
   float up[8];
   load8(row + op.n + at, up);

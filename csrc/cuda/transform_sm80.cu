@@ -149,12 +149,7 @@ struct Block {
     const int base = slot * sizes.token_size();
     for (int at = threadIdx.x * 8; at < op.n; at += kThreads * 8) {
       float values[8];
-      read_v(op, row, at, values);
-      if (op.weight) {
-        float weight[8];
-        load8(op.weight + at, weight);
-        for (int i = 0; i < 8; ++i) values[i] *= factor * weight[i];
-      }
+      read_v(op, row, at, factor, values);
       left.from || right.from ? put(v + base, at, values) : put(t + base, at, values);
     }
     // What pads v up to 16: another token's t may lie there.

@@ -72,12 +72,7 @@ struct Reader {
 #pragma unroll 2
     for (int at = thread * 8; at < A * B; at += kReaders * 32 * 8) {
       float v[8];
-      read_v(op, row, at, v);
-      if (op.weight) {
-        float weight[8];
-        load8(op.weight + at, weight);
-        for (int i = 0; i < 8; ++i) v[i] *= scale * weight[i];
-      }
+      read_v(op, row, at, scale, v);
       uint32_t word[4];
       for (int i = 0; i < 4; ++i) word[i] = bits_of(__floats2half2_rn(v[2 * i], v[2 * i + 1]));
       const int r = at / B, c = at % B;

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import conformance_threads  # noqa: F401  (adds its kernels)
 import numpy as np
-from conformance import to_bf16
 from conformance_machine import KERNELS, asm, kernel
 
 LANES = np.arange(32)

@@ -137,7 +137,7 @@ def cp_async(instruction: str, count: str = "", slot: int = 0, wait: str = "cp.a
     size = 16 if ".cg" in instruction else 8
     policy = "createpolicy.fractional.L2::evict_first.b64 p, 1.0;" if "hint" in instruction else ""
     text = f"{{.reg .b64 p; {policy} {instruction} [%0], [%1], {size}{count}{', p' if policy else ''}; {wait}}}"
-    return "s[2 * t] = s[2 * t + 1] = 9; " + asm(text, "", f'"r"(S + 16 * t), "l"(in + 2 * t)') + f"out[{128 * slot} + 2 * t] = s[2 * t]; out[{128 * slot} + 2 * t + 1] = s[2 * t + 1];\n"
+    return "s[2 * t] = s[2 * t + 1] = 9; " + asm(text, "", '"r"(S + 16 * t), "l"(in + 2 * t)') + f"out[{128 * slot} + 2 * t] = s[2 * t]; out[{128 * slot} + 2 * t + 1] = s[2 * t + 1];\n"
 
 
 _COPIES = ["cp.async.ca.shared.global", "cp.async.cg.shared::cta.global", "cp.async.cg.shared.global.L2::128B", "cp.async.ca.shared.global.L2::256B", "cp.async.cg.shared.global.L2::cache_hint", "cp.async.ca.shared::cta.global.L2::cache_hint"]

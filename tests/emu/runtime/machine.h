@@ -297,6 +297,7 @@ inline void back_edge(Lane& lane, u32 site) {
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------------------------------
+u8* map_pages(u64 bytes);  // zeros, which take room when they are touched
 Memory& global_memory();
 u64 allocate(u64 bytes, const char* name, u64 align = 256, bool permanent = false);  // permanent: a reset leaves it
 void protect(u64 address, u64 bytes, bool read_only);

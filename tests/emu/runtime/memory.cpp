@@ -179,6 +179,8 @@ bool touch_word(Memory& memory, u64 offset, u32 bytes, Lane& lane, const Access&
   return true;
 }
 
+}  // namespace
+
 u8* map_pages(u64 bytes) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) {
@@ -187,8 +189,6 @@ u8* map_pages(u64 bytes) {
   }
   return static_cast<u8*>(p);
 }
-
-}  // namespace
 
 Memory& global_memory() {
   static Memory memory{map_pages(kArena), map_pages(kArena), reinterpret_cast<Cell*>(map_pages(kArena * sizeof(Cell))), kArena, true, {}};

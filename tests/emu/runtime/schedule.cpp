@@ -54,15 +54,6 @@ constexpr u64 kPolls = 500'000;         // rounds in which nobody does anything 
 constexpr u64 kBranches = 400'000'000;  // backward branches of one lane: a loop whose end is missed
 constexpr u32 kRedZone = 64;
 
-u8* map_pages(size_t bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) {
-    perror("emulator: mmap");
-    abort();
-  }
-  return static_cast<u8*>(p);
-}
-
 }  // namespace
 
 // A processor thread that runs teams, some of them at a time. It is kept for the next launch: its memory is expensive to map.
