@@ -11,9 +11,9 @@ The paper ranks weights by |gradient| of one sample. `score` names what ranks th
 
 g_s is the gradient of the mean next-token cross-entropy of sample s; the absolute value or square is taken before the sum,
 because gradients of different samples cancel. `scope` says where a score's best are looked for (quant/outliers.py): in the
-whole model if the score estimates the loss, else in each matrix by itself. The gradient walk holds one block: a forward pass leaves every block's
-inputs in files, then blocks are recomputed from last to first. Each leaves its mask and the gradient of its inputs, both
-renamed into place, so that a run that was cut short continues at the block it was in.
+whole model if the score estimates the loss, else in each matrix by itself. The gradient walk holds one block: a forward pass
+leaves every block's inputs in files, then blocks are recomputed from last to first. Each leaves its mask and the gradient of
+its inputs, both renamed into place, so that a run that was cut short continues at the block it was in.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ..qtensor import QTensor
 from . import rounding
 from .calibration import Batches, FloatModel
 from .common import Block, Spec, rounding_error
+from .merge import visit_inputs
 from .outliers import Best, choose, mask_of
 
 MIXED_BITS = True
@@ -47,8 +48,9 @@ def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults, and no samples where no text is needed.
 
     The gradients take 16 x 256: on SmolLM2-135M the perplexity gap to float closed by 65.2 % with 16 x 512 tokens, 66.2 % with
-    16 x 256, 64.1 % with 16 x 128, so that more text buys nothing but time. Outliers of the whole model closed 71.9 % of it, those of each
-    matrix 66.4 %, of rows 59.4 %, of runs 56.1 %; 2 % whole columns, which take fewer bytes, 64.7 % (scores of 4 windows of 2048 tokens).
+    16 x 256, 64.1 % with 16 x 128, so that more text buys nothing but time. Outliers of the whole model closed 71.9 % of it, those
+    of each matrix 66.4 %, of rows 59.4 %, of runs 56.1 %; 2 % whole columns, which take fewer bytes, 64.7 % (4 windows of 2048
+    tokens).
     """
     score = spec.score or ("hdiag_dw2" if spec.scope == "columns" else "fisher_dw2")
     scope = spec.scope or ("global" if score in GRADIENT_SCORES else "tensor")
@@ -175,9 +177,7 @@ def input_squares(block: Block, inputs: Tensor) -> dict[str, Tensor]:
         for name in block.sites[site]:
             totals[name] = totals.get(name, 0) + square
 
-    with torch.no_grad():
-        for x in inputs:
-            block.forward(block.weights, x.unsqueeze(0), see)
+    visit_inputs(block, inputs, see)
     return totals
 
 
