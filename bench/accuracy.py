@@ -47,42 +47,59 @@ ROWS = {
     "GPTQ as published": {"method": "gptq", "grid": "range"},
     "GPTQ": {"method": "gptq"},
     "GPTQ, asymmetric": {"method": "gptq", "symmetric": False},
+    "GPTQ, groups of 32": {"method": "gptq", "group_size": 32},
     "RSQ": {"method": "rsq"},
     "BoA": {"method": "boa"},
     "GPFQ": {"method": "gpfq"},
     "AWQ": {"method": "awq"},
     "FlexRound": {"method": "flexround"},
+    "LRQ": {"method": "lrq"},
     "REx": {"method": "rex"},
+    "AffineQuant": {"method": "affinequant"},
+    "FlatQuant": {"method": "flatquant"},
+    "FlatQuant + GPTQ": {"method": "flatquant", "rounding": "gptq"},
+    "automatic, 4.5 bits": {"method": "auto", "target_bits": 4.5},
     "GWQ, paper's score": {"method": "gwq-paper"},
     "GWQ": {"method": "gwq"},
-    "GWQ, 0.63 %": {"method": "gwq", "outliers": 0.0063},
+    "GWQ, 0.68 %": {"method": "gwq", "outliers": 0.0068},
     "GWQ, text of its own": {"method": "gwq", "calib": None},
     "GWQ, by matrix": {"method": "gwq", "scope": "tensor"},
     "GWQ, by row": {"method": "gwq", "scope": "row"},
     "GWQ, structured": {"method": "gwq", "scope": "structured"},
-    "GWQ, columns": {"method": "gwq", "scope": "columns"},
+    "GWQ, 2 % columns": {"method": "gwq", "scope": "columns", "outliers": 0.02},
     "GWQ + GPTQ": {"method": "gwq", "rounding": "gptq"},
-    "GWQ + GPTQ, asymmetric": {"method": "gwq", "rounding": "gptq", "symmetric": False},
+    "GWQ, 0.68 %, + GPTQ": {"method": "gwq", "outliers": 0.0068, "rounding": "gptq"},
+    "GWQ + GPTQ, by matrix": {"method": "gwq", "scope": "tensor", "rounding": "gptq"},
     "GWQ + RSQ": {"method": "gwq", "rounding": "rsq"},
     "GWQ + BoA": {"method": "gwq", "rounding": "boa"},
     "RTN, 3 bits": {"method": "rtn", "bits": 3},
     "GPTQ, 3 bits": {"method": "gptq", "bits": 3},
+    "GPTQ, 3 bits, groups of 32": {"method": "gptq", "bits": 3, "group_size": 32},
     "GWQ, 3 bits": {"method": "gwq", "bits": 3},
+    "GWQ, 0.68 %, + GPTQ, 3 bits": {"method": "gwq", "outliers": 0.0068, "bits": 3, "rounding": "gptq"},
     "GWQ + GPTQ, 3 bits": {"method": "gwq", "bits": 3, "rounding": "gptq"},
     "RTN W8A8": {"method": "rtn", "bits": 8, "group_size": 0, "act_bits": 8},
     "SmoothQuant W8A8": {"method": "smoothquant", "bits": 8, "group_size": 0, "act_bits": 8},
+    "QuaRot W8A8": {"method": "quarot", "bits": 8, "group_size": 0, "act_bits": 8},
     "RTN W4A8": {"method": "rtn", "act_bits": 8},
     "GWQ + GPTQ W4A8": {"method": "gwq", "rounding": "gptq", "act_bits": 8},
+    "FlatQuant W4A8": {"method": "flatquant", "group_size": 0, "act_bits": 8},
     "RTN W4A4": {"method": "rtn", "group_size": 0, "act_bits": 4},
-    "QuaRot W4A4": {"method": "quarot", "group_size": None, "act_bits": 4},
-    "QuaRot W4A4, KV 4 bits": {"method": "quarot", "group_size": None, "act_bits": 4, "kv_bits": 4},
-    "FlatQuant": {"method": "flatquant"},
-    "FlatQuant W4A8": {"method": "flatquant", "group_size": None, "act_bits": 8},
-    "FlatQuant W4A4": {"method": "flatquant", "group_size": None, "act_bits": 4},
-    "FlatQuant W4A4, KV 4 bits": {"method": "flatquant", "group_size": None, "act_bits": 4, "kv_bits": 4},
-    "AffineQuant": {"method": "affinequant"},
+    "SmoothQuant W4A4": {"method": "smoothquant", "group_size": 0, "act_bits": 4},
+    "QuaRot W4A4": {"method": "quarot", "group_size": 0, "act_bits": 4},
+    "FlatQuant W4A4": {"method": "flatquant", "group_size": 0, "act_bits": 4},
+    "FlatQuant + GPTQ W4A4": {"method": "flatquant", "rounding": "gptq", "group_size": 0, "act_bits": 4},
+    "QuaRot W4A4, KV 4 bits": {"method": "quarot", "group_size": 0, "act_bits": 4, "kv_bits": 4},
+    "FlatQuant W4A4, KV 4 bits": {"method": "flatquant", "group_size": 0, "act_bits": 4, "kv_bits": 4},
 }
-MAKE = "import json, sys; from pyengine.quantizer import quantize; print(json.dumps(quantize(**json.loads(sys.argv[1]))))"
+# It reads its own peak: what wait4() says of a child begins with the size of the process that made it.
+MAKE = """
+import json, pathlib, re, sys
+from pyengine.quantizer import quantize
+spec = quantize(**json.loads(sys.argv[1]))["spec"]
+peak = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())
+print(json.dumps({"spec": spec, "peak_mib": round(int(peak[1]) / 1024)}))
+"""
 
 
 class RowError(Exception):
@@ -141,8 +158,7 @@ def make(options: dict) -> dict:
         last = errors.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
         raise RowError(last[0].split("Error: ", 1)[-1])
     seconds = time.perf_counter() - start
-    made = {"spec": json.loads(report)["spec"], "seconds": round(seconds, 1)}
-    return made | {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
+    return json.loads(report) | {"seconds": round(seconds, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
 
 
 def measure(reference: Float, source: Path, out: Path, options: dict) -> dict:

@@ -30,6 +30,7 @@ from torch import Tensor
 from .checkpoint import Writer, require_free
 from .formats import Checkpoint, open_checkpoint
 from .inspect import shares
+from .linear import stack
 from .outlier_report import outlier_report
 from .qtensor import QTensor, fit_group
 from .quant.calibration import Batches, FloatModel, Progress, self_written, show_progress, text_windows, token_hash
@@ -42,6 +43,7 @@ HELPERS = (
     "__init__", "calibration", "columns", "common", "descent", "fakequant", "grid", "merge", "outliers", "rounding", "simulate", "training",
     "transforms",
 )  # fmt: skip
+HEAD_ROWS = 4096  # of the output matrix that are quantized at once
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
 VERSION = 2  # of what is written: one more when the same options give other bytes
 
@@ -198,14 +200,15 @@ def named(module: str, q: QTensor) -> dict[str, Tensor]:
 
 def outer_tensors(model: FloatModel, spec: Spec) -> dict[str, Tensor]:
     """Embedding, final norm and output matrix. A tied model has one matrix for both ends, in the form the head asks for."""
-    norm, embedding = model.final_norm(), model.embedding()
     tied = model.config.tie_word_embeddings
-    tensors = {"model.norm.weight": norm_tensor(model, "model.norm.weight", norm)}
+    tensors = {"model.norm.weight": norm_tensor(model, "model.norm.weight", model.final_norm())}
     if not tied or spec.head_bits == 16:
-        tensors["model.embed_tokens.weight"] = half_if_it_fits(embedding)
+        tensors["model.embed_tokens.weight"] = half_if_it_fits(model.embedding())
     if spec.head_bits == 8:
         name = "model.embed_tokens" if tied else "lm_head"
-        tensors |= named(name, quantize_matrix(model.head(), Spec(bits=8, group_size=HEAD_GROUP), name=name).check())
+        grid = Spec(bits=8, group_size=HEAD_GROUP)
+        # By bands of rows: what rounding a matrix leaves lying about is several times the matrix.
+        tensors |= named(name, stack([quantize_matrix(rows, grid, name=name) for rows in model.head().split(HEAD_ROWS)]).check())
     elif not tied:
         tensors["lm_head.weight"] = half_if_it_fits(model.head())
     return tensors

@@ -30,6 +30,7 @@ SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4",
 STRING, ARRAY = 8, 9
 # Bounds far above any model (Gemma has 262,144 tokens, the largest template 20 KB), so that a hostile file ends soon.
 MAX_ENTRIES, MAX_STRINGS, MAX_STRING_BYTES = 1 << 16, 1 << 22, 1 << 24
+DEQUANTIZED_BYTES = 1 << 24  # of a tensor at once
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INNER = {
@@ -304,7 +305,7 @@ def _hf_name(name: str, file: str) -> str:
 
 
 def _load(path: Path, stored: Stored) -> Tensor:
-    """f32[shape], in the file's row order."""
+    """f32[shape], in the file's row order; dequantized some rows at a time, since the package needs several times what it returns."""
     data = bytearray(stored.nbytes)
     try:
         with path.open("rb") as file:
@@ -314,10 +315,14 @@ def _load(path: Path, stored: Stored) -> Tensor:
         raise CheckpointError(f"{stored.name}: cannot be read: {e.strerror}") from e
     if got != stored.nbytes:
         raise CheckpointError(f"{stored.name}: {got} of {stored.nbytes} bytes left in {path.name}")
-    rows = np.frombuffer(data, np.uint8).reshape(*stored.shape[:-1], -1)
+    rows = np.frombuffer(data, np.uint8).reshape(math.prod(stored.shape[:-1]), -1)
+    values = np.empty((len(rows), stored.shape[-1]), np.float32)
+    at_once = max(1, DEQUANTIZED_BYTES // max(1, values[:1].nbytes))
     try:
         with np.errstate(all="ignore"):  # a damaged scale overflows; Checkpoint.float counts the infinities
-            return torch.from_numpy(dequantize(rows, stored.kind)).reshape(stored.shape)
+            for i in range(0, len(rows), at_once):
+                values[i : i + at_once] = dequantize(rows[i : i + at_once], stored.kind)
+        return torch.from_numpy(values).reshape(stored.shape)
     except NotImplementedError as e:
         raise CheckpointError(f"{stored.name}: tensor type {stored.kind.name} is not supported") from e
 
