@@ -12,10 +12,10 @@ from stories import STORIES, needs_stories, quiet
 
 from pyengine.formats import open_checkpoint
 from pyengine.models import llama
-from pyengine.quant import gwq, rtn
+from pyengine.quant import gwq, rounding, rtn
 from pyengine.quant.calibration import Batches, FloatModel, sample_text
 from pyengine.quant.common import Block, Spec, rounding_error, top_mask
-from pyengine.quant.outliers import choose
+from pyengine.quant.outliers import choose, mask_of
 from pyengine.tokenizer import load_tokenizer
 
 pytestmark = needs_stories
@@ -97,6 +97,23 @@ def test_prepare_leaves_the_masks_of_these_gradients(model, batches, score):
     assert sorted(f.name for f in batches.folder.glob("gradient*")) == ["gradient-00000.npy"]
 
 
+@pytest.mark.parametrize("name", ["gptq", "boa", "flexround"])
+def test_scores_price_what_the_rounding_changes(model, batches, name):
+    """By GPTQ and its kin the errors are their own; FlexRound, which would learn the block twice, is stood in for by rounding to nearest."""
+    spec = gwq.complete(Spec(group_size=32, scope="tensor", rounding=name, outliers=0.02, samples=3, seq_len=40, steps=1))
+    gwq.prepare(model, batches, spec)
+    i, first = model.blocks - 1, gwq.gradient_batches(batches, spec)
+    b = dataclasses.replace(block(model, first, i), config=model.config, rope=(first.cos, first.sin), quantized_inputs=lambda: first.inputs(i))
+    found = gwq.block_statistics(first, model.block(i), llama.LINEARS, first.inputs(i), gwq.loss_gradient(model, first)[1], spec.score)
+    rounded = rounding.round_block(b, None, spec) if name != "flexround" else {}
+    for linear in llama.LINEARS:
+        w = b.weights[f"{linear}.weight"]
+        error = w - rounded[linear].dequantize() if rounded else rounding_error(w, spec)
+        kept = mask_of(gwq.load(gwq._kept_file(batches.folder, i, linear)), w.shape, spec)
+        assert torch.equal(kept, top_mask(found[linear] * error**2, 0.02)), linear
+        assert not rounded or not torch.equal(kept, top_mask(found[linear] * rounding_error(w, spec) ** 2, 0.02))
+
+
 @pytest.mark.parametrize("scope", ["global", "row", "columns"])
 def test_scopes_look_at_the_same_scores(model, batches, scope):
     """Each against the scores themselves, which a walk by the library's parts gives."""
@@ -107,7 +124,7 @@ def test_scopes_look_at_the_same_scores(model, batches, scope):
     for i in range(model.blocks - 1, -1, -1):
         weights = model.block(i)
         found = gwq.block_statistics(batches, weights, llama.LINEARS, batches.inputs(i), gradient, spec.score)
-        scores[i] = {name: gwq.sensitivity(weights[f"{name}.weight"].detach(), found[name], spec) for name in llama.LINEARS}
+        scores[i] = {name: found[name] * rounding_error(weights[f"{name}.weight"].detach(), spec).square() for name in llama.LINEARS}
     every = torch.cat([scores[i][name].flatten() for i in range(model.blocks) for name in llama.LINEARS])
     least = every.sort(descending=True).values[int(0.03 * len(every)) - 1]
     total = 0

@@ -9,7 +9,8 @@ The paper ranks weights by |gradient| of one sample. `score` names what ranks th
     hdiag_dw2   sum_t x_t^2 * (w - Q(w))^2  the layer's output error instead of the loss: needs no backward pass
     abs_w       |w|                         needs no text
 
-g_s is the gradient of the mean next-token cross-entropy of sample s; the absolute value or square is taken before the sum,
+Q(w) is what the rounding that follows makes of the matrix when it keeps no weight back: to nearest, or with the corrections of GPTQ and its
+kin, which may move a weight further than a step and others not at all. g_s is the gradient of the mean next-token cross-entropy of sample s; the absolute value or square is taken before the sum,
 because gradients of different samples cancel. `scope` says where a score's best are looked for (quant/outliers.py): in the
 whole model if the score estimates the loss, else in each matrix by itself. The gradient walk holds one block: a forward pass
 leaves every block's inputs in files, then blocks are recomputed from last to first. Each leaves its mask and the gradient of
@@ -83,9 +84,9 @@ def prepare(model: FloatModel, batches: Batches, spec: Spec) -> dict:
         for i, name in itertools.product(range(blocks_left(folder, count), count), model.arch.LINEARS):
             best.see(load(_candidates_file(folder, i, name)))
     for i, weights, statistics in backward(model, batches, folder, spec.score):
-        scores = {}
-        for name, statistic in statistics.items():
-            scores[name] = sensitivity(weights[f"{name}.weight"], statistic, spec.at(f"model.layers.{i}.{name}"))
+        block = Block(i, f"model.layers.{i}.", weights, model.arch.SITES, batches.forward, folder, model.config, (batches.cos, batches.sin))
+        block.quantized_inputs = lambda i=i: batches.inputs(i)  # no block before is quantized yet
+        scores = sensitivities(block, statistics, lambda i=i: batches.inputs(i), spec)
         if spec.scope == "global":
             for name, score in scores.items():
                 save(_candidates_file(folder, i, name), best.add(score))
@@ -181,14 +182,31 @@ def input_squares(block: Block, inputs: Tensor) -> dict[str, Tensor]:
     return totals
 
 
-def sensitivity(w: Tensor, statistic: Tensor | None, spec: Spec) -> Tensor:
-    """f32[n, k]: how much is lost by rounding each weight; statistic is f32[n, k], f32[k] (hdiag_dw2) or None (abs_w)."""
-    if spec.score == "abs_w":
-        return w.abs()
-    if spec.score in ("abs_g", "sq_g"):
-        return statistic
-    error = rounding_error(w, spec)
-    return statistic * (error.abs() if spec.score == "abs_g_dw" else error.square())
+def sensitivities(block: Block, statistics: dict[str, Tensor], inputs: Callable[[], Tensor] | None, spec: Spec) -> dict[str, Tensor]:
+    """f32[n, k] by name: how much is lost by rounding each weight. Statistics are f32[n, k], f32[k] (hdiag_dw2) or none (abs_w)."""
+    errors = rounding_errors(block, inputs, spec) if "dw" in spec.score else {}
+    scores = {}
+    for name in statistics or block.linears:
+        w, error = block.weights[f"{name}.weight"], errors.get(name)
+        if spec.score == "abs_w":
+            scores[name] = w.abs()
+        elif spec.score in ("abs_g", "sq_g"):
+            scores[name] = statistics[name]
+        else:
+            scores[name] = statistics[name] * (error.abs() if spec.score == "abs_g_dw" else error.square())
+    return scores
+
+
+def rounding_errors(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec) -> dict[str, Tensor]:
+    """w - Q(w) of each linear, f32[n, k] by name.
+
+    A rounding that learns a whole block at once would take as long again for this: rounding to nearest stands in for it.
+    """
+    weights = {name: block.weights[f"{name}.weight"] for name in block.linears}
+    if spec.rounding == "rtn" or not hasattr(rounding.load_rounding(spec.rounding), "round_matrix"):
+        return {name: rounding_error(w, spec.at(block.prefix + name)) for name, w in weights.items()}
+    rounded = rounding.round_block(replace(block, notes={}), inputs, spec)
+    return {name: w - rounded[name].dequantize() for name, w in weights.items()}
 
 
 def quantize_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec) -> dict[str, QTensor]:
@@ -197,10 +215,7 @@ def quantize_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec
         kept = {name: load(_kept_file(block.folder, block.index, name)) for name in block.linears}
     else:
         statistics = input_squares(block, inputs()) if spec.score == "hdiag_dw2" else {}
-        scores = {}
-        for name in block.linears:
-            scores[name] = sensitivity(block.weights[f"{name}.weight"], statistics.get(name), spec.at(block.prefix + name))
-        kept = choose(scores, block.sites, spec)
+        kept = choose(sensitivities(block, statistics, inputs, spec), block.sites, spec)
     masks = {name: mask_of(kept[name], block.weights[f"{name}.weight"].shape, spec) for name in block.linears}
     return rounding.round_block(block, inputs, spec, masks)
 

@@ -6,8 +6,6 @@ Unlike `generate`, attention over a whole window reads keys and values that are 
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
 
 import torch
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import models
-from ..formats import Checkpoint, open_checkpoint
+from ..formats import Checkpoint
 from ..loader import quantization, weight
 from ..qtensor import QTensor
 from .fakequant import quantize_cached, quantize_tokens
@@ -79,11 +77,6 @@ class Simulation:
         x = self.arch.rms_norm(x, self.checkpoint.float("model.norm.weight", (c.hidden_size,)), c.rms_norm_eps)
         parts = zip(x[:, :-1].flatten(0, 1).split(HEAD_TOKENS), windows[:, 1:].flatten().split(HEAD_TOKENS), strict=True)
         return torch.cat([F.cross_entropy(F.linear(h, head), target, reduction="none") for h, target in parts]).view(len(x), -1)
-
-
-def simulated_perplexity(model: str | os.PathLike, windows: Tensor, act_bits: int | None = None, kv_bits: int | None = None) -> float:
-    """exp of the mean −log p over the windows i64[samples, t] of token ids."""
-    return math.exp(Simulation(open_checkpoint(model), act_bits, kv_bits).losses(windows).double().mean().item())
 
 
 def _dense(w: QTensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
