@@ -189,7 +189,7 @@ void bind_attention(py::module_& m, py::class_<Program>& program) {
   auto rope = bind<RopeKV>(m, program, "RopeKV");
   rope.def_readwrite("m", &RopeKV::m).def_readwrite("heads", &RopeKV::heads).def_readwrite("kv_heads", &RopeKV::kv_heads);
   rope.def_readwrite("head_dim", &RopeKV::head_dim).def_readwrite("qkv_stride", &RopeKV::qkv_stride).def_readwrite("cache", &RopeKV::cache);
-  dtype(rope, &RopeKV::dtype);
+  rope.def_readwrite("exact", &RopeKV::exact), dtype(rope, &RopeKV::dtype);
   pointer(rope, "qkv", &RopeKV::qkv), pointer(rope, "cos", &RopeKV::cos), pointer(rope, "sin", &RopeKV::sin);
   pointer(rope, "q_transform", &RopeKV::q_transform), pointer(rope, "k_transform", &RopeKV::k_transform);
   pointer(rope, "k_clip", &RopeKV::k_clip), pointer(rope, "v_clip", &RopeKV::v_clip);

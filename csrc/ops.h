@@ -210,6 +210,7 @@ struct KVCache {
 // so that it stays visible, and its codes are 0. For 4 bits high = clip[0] · max(v, 0), low = clip[1] · min(v, 0) over the head, in f32;
 // scale = (high − low)/15, zero = −low · (1/scale) and code = v · (1/scale) + zero, each rounded to nearest even, code at least 0 and at
 // most 15; NaN or infinity as above, with zero 0. k_clip and v_clip are for 4 bits alone: wider codes have the range to spare.
+// Bound of q and k: 1e-6 relative in f32; from 16 rows on 1e-2, with what is turned and its basis in bf16, unless `exact` forbids it.
 // qkv[m, (heads + 2·kv_heads)·head_dim]; pairs are (i, i + head_dim/2); cos, sin f32[≥ max position + 1, head_dim/2].
 struct RopeKV {
   int64_t m = 0, heads = 0, kv_heads = 0, head_dim = 0;
@@ -220,6 +221,7 @@ struct RopeKV {
   const float* sin = nullptr;
   const void* q_transform = nullptr;  // nullable [head_dim, head_dim], row-major; f32 on the CPU, f16 for CUDA
   const void* k_transform = nullptr;  // nullable, with q_transform
+  bool exact = false;
   const float* k_clip = nullptr;      // nullable f32[2]: upper and lower ratio, in (0, 1]
   const float* v_clip = nullptr;
   const int32_t* slot = nullptr;      // [m]

@@ -259,17 +259,17 @@ def _check_rows(name: str, slot: Tensor, position: Tensor, m: int) -> None:
 def rope_kv(
     qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, heads: int,
     kv_scale: tuple[Tensor, ...] | None = None, basis: tuple[Tensor, Tensor] | None = None, clip: tuple[Tensor | None, Tensor | None] = (None, None),
-    kernel: str = "", program: Program | None = None,
+    exact: bool = False, kernel: str = "", program: Program | None = None,
 ) -> None:  # fmt: skip
     """Turn q of qkv f32[m, (heads + 2·kv_heads)·head_dim] in place; write turned k and v to the cache (see `_cache`) at (slot, position) i32[m].
 
     cos, sin f32[length, head_dim/2]. `basis` f32[head_dim, head_dim] twice: what q and k of every head are multiplied by after the rotation.
-    `clip` f32[2] twice: ratios of k and v for a cache of 4 bits. The caller keeps slots and positions within the cache (`Batch` checks them).
+    `clip` f32[2] twice: ratios of k and v for a cache of 4 bits. `exact` keeps to f32 where bf16 would be quicker. The caller keeps slots and positions within the cache (`Batch` checks them).
     """
     m, kv_heads, head_dim = qkv.shape[0], k.shape[1], _head_dim(k)
     _check_rows("rope_kv", slot, position, m)
     op = _C.RopeKV()
-    op.m, op.heads, op.kv_heads, op.head_dim = m, heads, kv_heads, head_dim
+    op.m, op.heads, op.kv_heads, op.head_dim, op.exact = m, heads, kv_heads, head_dim, exact
     op.qkv = check(qkv, "rope_kv: qkv", float32, (m, (heads + 2 * kv_heads) * head_dim)).data_ptr()
     op.qkv_stride = qkv.stride(0)
     op.cos = _contiguous(cos, "rope_kv: cos", float32, (cos.shape[0], head_dim // 2)).data_ptr()

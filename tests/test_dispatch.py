@@ -28,8 +28,12 @@ def test_the_highest_rank_that_can_run_is_chosen():
     def best(op, most=99):
         return max((r for r in op.kernels() if r["device"] == "cpu" and r["missing"] is None and r["rank"] <= most), key=lambda r: r["rank"])["name"]
 
-    for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul, _C.RopeKV):
+    for op in (_C.QLinear, _C.Embedding, _C.RmsNorm, _C.SiluMul):
         assert op().choose() == best(op, most=4)
+    rope = _C.RopeKV()
+    rope.head_dim = 64
+    for rope.m, rope.q_transform, most in ((512, 0, 3), (15, 64, 3), (16, 64, 4)):  # a basis, which is not looked at
+        assert rope.choose() == best(_C.RopeKV, most)
     layer = Linear(random_weight(8, 64, 32))
     assert layer.kernel_name(1) == layer.kernel_name(15) == best(_C.QLinear, most=3)
     assert layer.kernel_name(16) == layer.kernel_name(4096) == best(_C.QLinear, most=4)

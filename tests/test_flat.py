@@ -135,6 +135,7 @@ def test_perplexity_is_that_of_a_simulation_in_torch(act_bits, kv_bits, stories,
     kernel = "qlinear_reference" if act_bits == 16 else ""  # bf16 on matrix units would cost more than the bound below
     engine = load(path, kernel=kernel)
     for block in engine.model.blocks:
+        block.exact = True
         for site in llama.SITES:
             getattr(block, site).exact = True
     ids = engine.tokenizer.encode(read_text(data / "wikitext2_test.txt")[:6000])[:512]

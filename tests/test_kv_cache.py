@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernels import check_attention, error, kv, rows
+from test_kernels import ROPE_ROWS, check_attention, error, kv, rows
 
 from pyengine import ops
 from pyengine.cache import KVCache
@@ -46,7 +46,7 @@ def write(kernel: str, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, 
 
 
 @pytest.mark.parametrize("head_dim", (2, 8, 20, 36, 64, 80, 128, 256))
-@pytest.mark.parametrize("kernel", rows("RopeKV"))
+@pytest.mark.parametrize("kernel", ROPE_ROWS)
 def test_written_codes_and_scales_are_the_oracles_bit_by_bit(kernel, head_dim):
     """Numbers of few digits turned by quarters: the rotation is exact in f32, so nothing but the quantizer can differ."""
     m, at = 12, HEADS * head_dim
@@ -69,7 +69,7 @@ def test_written_codes_and_scales_are_the_oracles_bit_by_bit(kernel, head_dim):
     assert (k[:, :, :5] == -128).all() and (k[:, :, 9:] == -128).all() and (v_scale[:, :, 9:] == -1).all()
 
 
-@pytest.mark.parametrize("kernel", ["rope_kv_reference", *rows("RopeKV")])
+@pytest.mark.parametrize("kernel", ["rope_kv_reference", *ROPE_ROWS])
 def test_a_round_trip_is_off_by_half_a_step_at_most(kernel):
     head_dim, m = 64, 9
     angle = torch.rand(LENGTH, head_dim // 2) * 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernels import check_attention, error, rows
+from test_kernels import ROPE_ROWS, check_attention, error, rows
 
 from pyengine import ops
 from pyengine.cache import KVCache
@@ -74,7 +74,7 @@ def test_the_oracle_writes_what_ops_h_says():
 
 
 @pytest.mark.parametrize("head_dim", (2, 8, 20, 36, 64, 80, 128, 256))
-@pytest.mark.parametrize("kernel", rows("RopeKV"))
+@pytest.mark.parametrize("kernel", ROPE_ROWS)
 def test_written_codes_are_the_oracles_bit_by_bit(kernel, head_dim):
     """Numbers of few digits, turned by quarters and put in another order: nothing but the quantizer can differ."""
     m, at = 12, HEADS * head_dim
@@ -100,7 +100,7 @@ def test_written_codes_are_the_oracles_bit_by_bit(kernel, head_dim):
 
 
 @pytest.mark.parametrize("bits", (16, 8))
-@pytest.mark.parametrize("kernel", rows("RopeKV"))
+@pytest.mark.parametrize("kernel", ROPE_ROWS)
 def test_a_change_of_basis_before_wider_caches(kernel, bits):
     head_dim, m = 64, 7
     cache = KVCache(1, 2, KV_HEADS, LENGTH, head_dim, bits).layer(0)

@@ -22,10 +22,15 @@ float quantize_head(const float* x, int64_t d, const float* clip, uint8_t* to, u
   for (int64_t c = 0; c < d; c += V::lanes) {
     const int count = int(d - c < V::lanes ? d - c : V::lanes);
     const F v = V::add(V::round(V::mul(V::load(x + c, count), V::set(inverse))), V::set(zero));
-    alignas(64) int8_t code[V::lanes];
     // In this order NaN, the second operand, gets through: as an int it is −2^31, whose low byte is 0.
-    V::store_bytes(code, V::to_int(V::max(V::zero(), V::min(V::set(15.0f), v))));
-    for (int j = 0; j < count; j += 2) to[(c + j) / 2] = uint8_t(code[j] | code[j + 1] << 4);
+    const auto code = V::to_int(V::max(V::zero(), V::min(V::set(15.0f), v)));
+    if (count == V::lanes) {
+      V::store_nibbles(to + c / 2, code);
+    } else {
+      uint8_t tail[V::lanes / 2];
+      V::store_nibbles(tail, code);
+      __builtin_memcpy(to + c / 2, tail, size_t(count) / 2);
+    }
   }
   return scale;
 }
@@ -67,13 +72,21 @@ struct RopeRow {
     }
   }
 
+  float* heads() const { return op.qkv + i * op.qkv_stride; }
+  bool turns_keys() const { return op.cache.bits < 16 || op.k_transform; }  // before they go to the cache, else on their way
+
   void run() const {
     const int64_t d = op.head_dim;
-    float *row = op.qkv + i * op.qkv_stride, *keys = row + op.heads * d;
-    const bool turn_keys = op.cache.bits < 16 || op.k_transform;  // else they are turned on their way to the cache
-    for (int64_t h = 0; h < op.heads + (turn_keys ? op.kv_heads : 0); ++h) turn(row + h * d, row + h * d, nullptr);
-    if (op.q_transform) change_basis(row, op.heads, op.q_transform);
-    if (op.k_transform) change_basis(keys, op.kv_heads, op.k_transform);
+    for (int64_t h = 0; h < op.heads + (turns_keys() ? op.kv_heads : 0); ++h) turn(heads() + h * d, heads() + h * d, nullptr);
+    if (op.q_transform) change_basis(heads(), op.heads, op.q_transform);
+    if (op.k_transform) change_basis(heads() + op.heads * d, op.kv_heads, op.k_transform);
+    write();
+  }
+
+  // Keys and values to the cache.
+  void write() const {
+    const int64_t d = op.head_dim;
+    const float* keys = heads() + op.heads * d;
     for (int64_t h = 0; h < op.kv_heads; ++h) {
       const int64_t at = op.slot[i] * op.cache.slot_stride + h * op.cache.head_stride + op.position[i] * d;
       const float *k = keys + h * d, *v = k + op.kv_heads * d;
@@ -81,7 +94,7 @@ struct RopeRow {
       if (op.cache.bits == 8) write_codes(k, v, at);
       if (op.cache.bits == 16) {
         uint16_t* to = static_cast<uint16_t*>(op.cache.k) + at;
-        turn_keys ? write_halves(k, to) : turn(k, nullptr, to);
+        turns_keys() ? write_halves(k, to) : turn(k, nullptr, to);
         write_halves(v, static_cast<uint16_t*>(op.cache.v) + at);
       }
     }

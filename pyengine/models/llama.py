@@ -201,7 +201,7 @@ class Block(nn.Module):
         self.qkv(self.attn_in(rows.x, rows.h, program), out=rows.qkv, program=program)
         ops.rope_kv(
             rows.qkv, *rope, kv.k, kv.v, rows.slot, rows.position, c.num_attention_heads,
-            kv_scale=kv.scale, basis=self.heads.basis, clip=self.heads.clip, program=program,
+            kv_scale=kv.scale, basis=self.heads.basis, clip=self.heads.clip, exact=self.exact, program=program,
         )  # fmt: skip
         q = rows.qkv[:, : c.num_attention_heads * c.head_dim]
         ops.attention(

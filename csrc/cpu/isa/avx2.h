@@ -110,6 +110,15 @@ struct Avx2 {
     const I both = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 1, 1, 1, 1, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(both));
   }
+  // The low four bits of every lane, two lanes a byte.
+  static void store_nibbles(uint8_t* p, I v) {
+    alignas(8) int8_t bytes[8];
+    store_bytes(bytes, v);
+    const __m128i low = _mm_and_si128(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)), _mm_set1_epi8(15));
+    const __m128i pairs = _mm_maddubs_epi16(low, _mm_set1_epi16(0x1001));
+    const int32_t packed = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
+    __builtin_memcpy(p, &packed, 4);
+  }
 
   // Codes of every lane's word less 2^(bits−1): two's complement, so that two shifts widen one.
   template <int bits>

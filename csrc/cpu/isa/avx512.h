@@ -110,6 +110,12 @@ struct Avx512 {
   static I high_byte(I v) { return _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8); }
   // The low byte of every lane.
   static void store_bytes(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  // The low four bits of every lane, two lanes a byte.
+  static void store_nibbles(uint8_t* p, I v) {
+    const __m128i bytes = _mm_and_si128(_mm512_cvtepi32_epi8(v), _mm_set1_epi8(15));
+    const __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x1001));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
+  }
 
   // Codes of every lane's word less 2^(bits−1): two's complement for 8 bits; for 4 bits the table of code() sees to it.
   template <int bits>
