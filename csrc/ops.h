@@ -45,10 +45,10 @@ struct OutlierRun {
 // gated: y[m,n/2] = silu(g) · u instead, where g and u are the first and the second half of those n columns; no residual.
 // act_bits 16: a kernel may use x as f32, as 16-bit fixed point with a scale a group, or (from 16 tokens on) x and w as bf16.
 // act_bits 8 or 4: each token is quantized to integer codes (below, Transform, says how), the products with the weight's codes are summed
-// exactly in int32 over a group; outliers and columns multiply the unquantized x. A token with NaN or infinity gives NaN. CPU kernels make
-// the codes themselves; CUDA kernels get them from Transform as x_code and x_scale, and read x for outliers and columns alone. Given both,
-// the oracle takes the codes. So far they take symmetric weights with a scale a row and neither outliers nor columns; y = sum · (scale ·
-// x_scale) in f32.
+// exactly in int32 over a group; outliers and columns multiply the unquantized x. A token with NaN or infinity gives NaN. Where Transform has
+// made the codes they come as x_code and x_scale, and x is read for outliers and columns alone; else CPU kernels make them themselves.
+// CUDA kernels cannot, and so far take symmetric weights with a scale a row and neither outliers nor columns; y = sum · (scale · x_scale)
+// in f32.
 // Bound on ‖y − oracle‖ / ‖oracle‖ for normally distributed x: 1e-5 with f32 or 8-bit codes, 1e-4 with fixed point (an input that
 // towers over its group costs the others of the group digits), 5e-3 with bf16.
 // For f16 and bf16 the sums are f32; codes, zeros and outliers are exact where weights go from registers into the tensor cores, and

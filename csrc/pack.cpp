@@ -119,9 +119,10 @@ void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
 // where k is tiny.
 size_t workspace_bytes(const QLinear& op) {
   if (op.layout == Layout::mma) return mma::workspace_bytes(op);
-  const size_t m = size_t(round_up(std::min(op.m, kChunk), 16)), k = size_t(round_up(op.k, 8)), groups = size_t(op.k / op.group);
+  const size_t m = size_t(round_up(std::min(op.m, op.act_bits < 16 ? kMatrixChunk : kChunk), 16)), groups = size_t(op.k / op.group);
+  const size_t k = size_t(round_up(op.k, 64)), floats = size_t(op.act_bits == 16) + size_t(op.outlier_row != nullptr);
   const size_t tiles = size_t(round_up(std::min(op.m, kMatrixChunk), 16) * round_up(op.k, 32)) * 2;
-  return std::max(m * (k * 4 + 2 * k + groups * 12 + k * 4 + size_t(op.columns) * 4 + (op.gated ? size_t(op.n) * 4 : 0)) + 7 * 64, tiles);
+  return std::max(m * (floats * k * 4 + 2 * k + groups * 12 + size_t(op.columns) * 4 + (op.gated ? size_t(op.n) * 4 : 0)) + 7 * 64, tiles);
 }
 
 size_t workspace_bytes(const Attention& op) {

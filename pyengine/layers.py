@@ -1,4 +1,7 @@
-"""Layers that models are put together from, each quantized or float, all called as `layer(x, residual=None, out=None, program=None)`."""
+"""Layers that models are put together from, each quantized or float, all called as `layer(x, residual=None, out=None, program=None, codes=None)`.
+
+`codes` are those of x, for those that multiply codes (see `Linear`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from .linear import Linear, stack
 from .ops import Program, scatter_add, silu_mul
 from .qtensor import QTensor
 
+Codes = tuple[Tensor, Tensor] | None  # of 8 or 4 bits, and a scale f32[m], as `ops.transform` makes them
+
 
 class Dense(nn.Module):
     """y = x·wᵀ + bias with a float32 w[n, k], for models that are not quantized. torch's matrix product runs it, which no program can record."""
@@ -26,7 +31,7 @@ class Dense(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.nbytes, self.weights = weight.numel() * 4, weight.numel()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: None = None, codes: Codes = None) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         if residual is not None:
             y += residual
@@ -46,12 +51,14 @@ class Summed(nn.Module):
         for layer in weight_layers(second):
             layer.weights = 0  # they are the first one's: bits per weight count its alone
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: Program | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: Program | None = None, codes: Codes = None
+    ) -> Tensor:
         """x f32[m, k] → f32[m, n]."""
-        y = self.first(x, residual, out, program)
+        y = self.first(x, residual, out, program, codes)
         if self.rows is None:
-            return self.second(x, y, y, program)
-        scatter_add(self.second(x, program=program), self.rows, y, program=program)
+            return self.second(x, y, y, program, codes)
+        scatter_add(self.second(x, program=program, codes=codes), self.rows, y, program=program)
         return y
 
 
@@ -63,12 +70,14 @@ class SideBySide(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.out_features, self.in_features = sum(p.out_features for p in parts), parts[0].in_features
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: Program | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: Program | None = None, codes: Codes = None
+    ) -> Tensor:
         y = x.new_empty(x.shape[0], self.out_features) if out is None else out
         at = 0
         for part in self.parts:
             columns = slice(at, at + part.out_features)
-            part(x, None if residual is None else residual[:, columns], y[:, columns], program)
+            part(x, None if residual is None else residual[:, columns], y[:, columns], program, codes)
             at = columns.stop
         return y
 
@@ -80,8 +89,8 @@ class Gated(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor, out: Tensor | None = None, program: Program | None = None) -> Tensor:
-        return silu_mul(self.layer(x, program=program), out=out, program=program)
+    def forward(self, x: Tensor, out: Tensor | None = None, program: Program | None = None, codes: Codes = None) -> Tensor:
+        return silu_mul(self.layer(x, program=program, codes=codes), out=out, program=program)
 
 
 def linear(

@@ -99,15 +99,19 @@ class Linear(nn.Module):
         op.m = tokens
         return op.choose(self.kernel, ops.gpu(self.device))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: ops.Program | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, program: ops.Program | None = None,
+        codes: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """x [..., k] → [..., n], in x's dtype. `residual` [m, n] is added; `out` [m, n], which may be the residual, takes the result.
 
         On the CPU x may be of any floating dtype, residual and out are f32; on a GPU all are f16 or all bf16. With `program` the op is
-        recorded instead, to read x f32[m, k] and write the result whenever the program runs.
+        recorded instead, to read x f32[m, k] and write the result whenever the program runs. `codes` of x are those that `ops.transform`
+        makes for `act_bits` and `act_clip`: where a weight has neither outliers nor columns, x may then hold anything.
         """
         if torch_ops.traced(x):
             return torch_ops.linear(self, x, residual, out)
-        return ops.linear(_C.QLinear(self._op), x, self._tensors, self.device, residual, out, self.kernel, program)
+        return ops.linear(_C.QLinear(self._op), x, self._tensors, self.device, residual, out, codes, self.kernel, program)
 
     def _apply(self, fn, recurse: bool = True):
         """What `.to()` and its kin do to every tensor: only a change of device concerns the weights."""

@@ -79,8 +79,8 @@ def check(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], devi
     return t
 
 
-def _contiguous(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if not check(t, name, dtype, shape).is_contiguous():
+def _contiguous(t: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device = CPU) -> Tensor:
+    if not check(t, name, dtype, shape, device).is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     return t
 
@@ -108,11 +108,12 @@ def _rows(x: Tensor, k: int) -> Tensor:
 
 def linear(
     op: _C.QLinear, x: Tensor, owner: object, device: torch.device = CPU, residual: Tensor | None = None, out: Tensor | None = None,
-    kernel: str = "", program: Program | None = None,
+    codes: tuple[Tensor, Tensor] | None = None, kernel: str = "", program: Program | None = None,
 ) -> Tensor:  # fmt: skip
     """x [..., k] → [..., n], in x's dtype. `op` is a fresh copy, its weights on `device` and kept alive by `owner`.
 
     `residual` [m, n] is added; `out` [m, n], which may be the residual, takes the result. Both are f32 on the CPU, of x's dtype on a GPU.
+    `codes` of x, as `transform` makes them for the op's act_bits, spare it to make its own; x is then read for outliers and columns alone.
     """
     check_input(x, op.k, device)
     rows = _rows(x, op.k)
@@ -125,16 +126,27 @@ def linear(
     op.m, op.dtype, op.x, op.x_stride = m, DTYPES[rows.dtype], rows.data_ptr(), rows.stride(0)
     op.y, op.y_stride = y.data_ptr(), y.stride(0)
     op.residual = 0 if residual is None else residual.data_ptr()
+    if codes is not None:
+        op.x_code, op.x_scale = _codes("Linear", codes, op.act_bits, m, op.k, device)
     if m and device.type == "cuda":
         if program is not None:
             raise ValueError("Linear: programs record CPU ops; capture a CUDA graph instead")
         op.run(torch.cuda.current_stream(device).cuda_stream, kernel, device.index)
     elif m:
-        go(op, kernel, program, owner, rows, y, residual, memory.workspace(op))
+        go(op, kernel, program, owner, rows, y, residual, codes, memory.workspace(op))
     if out is not None:
         return out
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], n)
     return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _codes(name: str, codes: tuple[Tensor, Tensor], bits: int, m: int, n: int, device: torch.device = CPU) -> tuple[int, int]:
+    """Pointers to codes of `bits` 8 i8[m, n], or 4 u8[m, n/2], and their scale f32[m]."""
+    if bits not in (4, 8) or bits == 4 and n % 2:
+        raise ValueError(f"{name}: codes of {bits} bits for {n} inputs, expected 8, or 4 for an even number")
+    dtype, width = (torch.int8, n) if bits == 8 else (uint8, n // 2)
+    code = _contiguous(codes[0], f"{name}: codes", dtype, (m, width), device)
+    return code.data_ptr(), _contiguous(codes[1], f"{name}: scale", float32, (m,), device).data_ptr()
 
 
 def embedding(table: _C.QLinear, token: Tensor, out: Tensor, owner: object, kernel: str = "", program: Program | None = None) -> Tensor:
@@ -214,11 +226,7 @@ def transform(
     if out is not None:
         op.y, op.y_stride = check(out, "transform: out", float32, (m, n)).data_ptr(), out.stride(0)
     if codes is not None:
-        if bits not in (4, 8) or bits == 4 and n % 2:
-            raise ValueError(f"transform: codes of {bits} bits for {n} inputs, expected 8, or 4 for an even number")
-        dtype, width = (torch.int8, n) if bits == 8 else (uint8, n // 2)
-        op.code = _contiguous(codes[0], "transform: codes", dtype, (m, width)).data_ptr()
-        op.scale = _contiguous(codes[1], "transform: scale", float32, (m,)).data_ptr()
+        op.code, op.scale = _codes("transform", codes, bits, m, n)
     if m:
         go(op, kernel, program, x, left, right, weight, clip, out, codes)
     return out

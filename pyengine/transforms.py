@@ -37,7 +37,8 @@ class Transform:
 
 @dataclass
 class SiteInput:
-    """What the linears of a site read of its raw input: RMSNorm where there is a weight f32[k], then the change of basis if any.
+    """What the linears of a site read of its raw input: RMSNorm where there is a weight f32[k], then the change of basis if any, and of that
+    codes of `bits` 8 or 4 within `clip` f32[2] where the linears multiply them. Some of these may still need the numbers themselves (`both`).
 
     `exact` keeps to f32 where bf16 would be quicker.
     """
@@ -45,15 +46,39 @@ class SiteInput:
     transform: Transform | None
     norm: Tensor | None = None
     eps: float = 0.0
+    bits: int = 16
+    clip: Tensor | None = None
+    both: bool = False
     exact: bool = False
 
-    def __call__(self, x: Tensor, out: Tensor, program: ops.Program | None = None) -> Tensor:
-        """x f32[m, k] → f32[m, k]: in `out`, or x itself where nothing is done to it."""
-        t = self.transform
+    def __call__(self, x: Tensor, room: Room, program: ops.Program | None = None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x f32[m, k] → (f32[m, k], codes): in `room`, or x itself where nothing is done to it. Beside codes the first is for `both` alone."""
+        t, (m, k) = self.transform, x.shape
         if t is not None:
-            options = {"weight": self.norm, "eps": self.eps, "exact": self.exact, "out": out, "program": program}
-            return ops.transform(x, t.a, t.b, left=t.left, right=t.right, **options)
-        return x if self.norm is None else ops.rms_norm(x, self.norm, self.eps, out=out, program=program)
+            out, codes = room.floats(m, k), room.codes(m, k, self.bits)
+            ops.transform(
+                x, t.a, t.b, left=t.left, right=t.right, weight=self.norm, eps=self.eps, exact=self.exact,
+                codes=codes, bits=self.bits, clip=self.clip, out=out if codes is None or self.both else None, program=program,
+            )  # fmt: skip
+            return out, codes
+        return (x if self.norm is None else ops.rms_norm(x, self.norm, self.eps, out=room.floats(m, k), program=program)), None
+
+
+class Room:
+    """Buffers of what a site makes of up to m rows of up to k values."""
+
+    def __init__(self, m: int, k: int):
+        self._float, self._code, self._scale = memory.empty(m * k), memory.empty(m * k, dtype=torch.uint8), torch.empty(m)
+
+    def floats(self, m: int, k: int) -> Tensor:
+        return self._float[: m * k].view(m, k)
+
+    def codes(self, m: int, k: int, bits: int) -> tuple[Tensor, Tensor] | None:
+        """Of 8 bits i8[m, k] or of 4 u8[m, k/2], and their scales f32[m]; None for 16, and where a code of 4 bits would be left alone."""
+        if bits == 16 or bits == 4 and k % 2:
+            return None
+        code = self._code[: m * k * bits // 8].view(m, -1)
+        return code.view(torch.int8) if bits == 8 else code, self._scale[:m]
 
 
 @dataclass

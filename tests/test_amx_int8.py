@@ -41,6 +41,15 @@ def test_a_gated_result_too(mask):
             assert torch.equal(layer(x[:m]), expected[:m]), (n, k, m)
 
 
+@pytest.mark.parametrize("group", (128, 13056))
+def test_inputs_that_are_too_many_for_a_slab(group):
+    for asymmetric in (False, True):
+        w = random_weight(33, 13056, group, 4, asymmetric, bias=True)
+        layer, vector = (Linear(w, 8, name) for name in ("qlinear_amx_int8", "qlinear_avx512"))
+        x = torch.randn(70, w.k)
+        assert torch.equal(layer(x), vector(x))
+
+
 def test_the_longest_group_is_exact():
     """Codes and activations at their ends, over as many inputs as an int32 holds sums of."""
     w = random_weight(16, 1 << 16, 1 << 16, 8)

@@ -12,6 +12,8 @@ from pyengine.cache import KVCache
 pytestmark = [mark for row in rows("RopeKV") if row.values[0] == "rope_kv_amx" for mark in row.marks]
 HEADS, KV_HEADS, LENGTH, BATCHES = 7, 2, 40, (16, 17, 31, 64, 70)  # more heads than are turned at once, and no multiple of them
 
+KERNELS = ("rope_kv_amx", "rope_kv_reference")
+
 
 def write(kernel: str, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bits: int, **options) -> tuple:
     """What a kernel makes of q, and of a fresh cache: a token for each of three slots, then the next three."""
@@ -36,7 +38,7 @@ def test_few_digits_in_another_order_are_the_oracles_bit_by_bit(head_dim, bits):
     qkv = torch.randint(-100, 101, (max(BATCHES), (HEADS + 2 * KV_HEADS) * head_dim)) / 64
     qkv[3, -1], qkv[4, (HEADS + KV_HEADS) * head_dim - 1], qkv[5, 0] = torch.nan, torch.inf, torch.nan  # of v, k and q
     for m in BATCHES:
-        got, expected = (write(name, qkv[:m], angle.cos().round(), angle.sin().round(), bits, **options) for name in ("rope_kv_amx", "rope_kv_reference"))
+        got, expected = (write(name, qkv[:m], angle.cos().round(), angle.sin().round(), bits, **options) for name in KERNELS)
         assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(got, expected)), m
         assert torch.isnan(got[0][5, :head_dim]).all() and torch.isfinite(got[0][torch.arange(m) != 5]).all()
 
@@ -46,7 +48,7 @@ def test_any_basis_is_within_the_bound(head_dim):
     angle, basis = torch.rand(LENGTH, head_dim // 2) * 6, tuple(torch.randn(head_dim, head_dim) / head_dim**0.5 for _ in "qk")
     qkv = torch.randn(max(BATCHES), (HEADS + 2 * KV_HEADS) * head_dim)
     for m in BATCHES:
-        got, expected = (write(name, qkv[:m], angle.cos(), angle.sin(), 16, basis=basis) for name in ("rope_kv_amx", "rope_kv_reference"))
+        got, expected = (write(name, qkv[:m], angle.cos(), angle.sin(), 16, basis=basis) for name in KERNELS)
         assert error(got[0], expected[0]) <= 1e-2 and error(got[1], expected[1]) <= 1e-2 and torch.equal(got[2], expected[2])
 
 
@@ -58,7 +60,8 @@ def test_a_token_has_the_same_bits_in_any_batch_and_on_any_number_of_threads():
         for count in (1, 3):
             _C.set_threads(count)
             for m in BATCHES:
-                assert all(torch.equal(a, b[:m]) for a, b in zip(write("rope_kv_amx", qkv[:m], angle.cos(), angle.sin(), 4, basis=basis), whole))
+                some = write("rope_kv_amx", qkv[:m], angle.cos(), angle.sin(), 4, basis=basis)
+                assert all(torch.equal(a, b[:m]) for a, b in zip(some, whole))
     finally:
         _C.set_threads(before)
 

@@ -50,34 +50,57 @@ def test_transform_matches_torch_in_float64(kernel, which):
                 assert error(y, expected(inputs, a, b, **f, **options)) <= limit, (a, b, m, options.keys())
 
 
+def room(m: int, n: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For codes and scales, filled with what no kernel writes."""
+    return torch.full((m, n * bits // 8), 77, dtype=torch.int8 if bits == 8 else torch.uint8), torch.full((m,), -1.0)
+
+
+def unpacked(code: torch.Tensor, bits: int) -> torch.Tensor:
+    return code if bits == 8 else torch.stack(((code << 4).view(torch.int8) >> 4, code.view(torch.int8) >> 4), 2).flatten(1)
+
+
 @pytest.mark.parametrize("bits", (4, 8))
-@pytest.mark.parametrize("clip", (None, (0.7, 0.9), (1.0, 0.2)))
-def test_codes_are_those_that_a_linear_makes_of_the_same_input(bits, clip):
-    """And the oracle of QLinear takes them in place of its own."""
-    a, b = 6, 16
-    f, clip = factors(a, b, "lr"), None if clip is None else torch.tensor(clip)
-    x = torch.randn(7, a * b) * torch.logspace(-5, 5, 7)[:, None]
-    t, code, scale = torch.empty(7, a * b), torch.empty(7, a * b * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8), torch.empty(7)
-    ops.transform(x, a, b, **f, out=t, codes=(code, scale), bits=bits, clip=clip)
-    alone = torch.empty_like(code), torch.empty_like(scale)
-    assert ops.transform(x, a, b, **f, codes=alone, bits=bits, clip=clip) is None
-    assert torch.equal(alone[0], code) and torch.equal(alone[1], scale)
+@pytest.mark.parametrize("which", ("lr", "l", "r", ""))
+@pytest.mark.parametrize("kernel", ["transform_reference", *rows("Transform")])
+def test_codes_are_those_of_the_result(kernel, which, bits):
+    """Rows of whole vectors, of parts of one, of an odd number of codes; alone and beside the result, which they are exact for."""
+    q = (1 << (bits - 1)) - 1
+    shapes, ratios = ((6, 16), (24, 24), (32, 48), (4, 7), (14, 5), (2, 100), (1, 2)), ((1, 1), (0.7, 0.9), (1, 0.2), (0.5, 0.5)) * 2
+    for (a, b), (high, low) in zip(shapes, ratios):
+        n, f, clip = a * b, factors(a, b, which), None if high == low == 1 else torch.tensor([high, low])
+        for m in (1, 7, 19):
+            if not takes(kernel, m, a, b, which):
+                continue
+            x = torch.randn(m, n + 3)[:, 2 : n + 2] * torch.logspace(-5, 5, m)[:, None]
+            t, beside, alone = torch.empty(m, n), room(m, n, bits), room(m + 1, n, bits)
+            options = {**f, "bits": bits, "clip": clip, "kernel": kernel}
+            ops.transform(x, a, b, **options, out=t, codes=beside)
+            assert ops.transform(x, a, b, **options, codes=(alone[0][:m], alone[1][:m])) is None
+            assert torch.equal(alone[0][:m], beside[0]) and torch.equal(alone[1][:m], beside[1])
+            assert (alone[0][m] == 77).all() and alone[1][m] == -1
+            assert torch.equal(beside[1], torch.maximum(high * t.amax(1).clamp(min=0), low * (-t).amax(1).clamp(min=0)) / q)
+            assert torch.equal(unpacked(beside[0], bits), (t * (1 / beside[1])[:, None]).round().clamp(-q - 1, q).to(torch.int8)), (a, b, m)
 
-    q, (high, low) = (1 << (bits - 1)) - 1, (1.0, 1.0) if clip is None else clip
-    assert torch.equal(scale, torch.maximum(high * t.amax(1), low * (-t).amax(1)) / q)
-    wanted = (t * (1 / scale)[:, None]).round().clamp(-q - 1, q).to(torch.int8)
-    unpacked = code if bits == 8 else torch.stack(((code << 4).view(torch.int8) >> 4, code.view(torch.int8) >> 4), 2).flatten(1)
-    assert torch.equal(unpacked, wanted)
 
-    layer = Linear(random_weight(20, a * b, 32, mask="sparse"), bits, "qlinear_reference", act_clip=clip)
-    op, y = _C.QLinear(layer._op), torch.empty(7, 20)
-    op.m, op.x, op.x_stride, op.y, op.y_stride = 7, t.data_ptr(), a * b, y.data_ptr(), 20
-    op.x_code, op.x_scale = code.data_ptr(), scale.data_ptr()
-    op.run()
-    assert torch.equal(y, layer(t))
-    code.zero_()
-    op.run()
-    assert not torch.equal(y, layer(t))  # the codes it was given, not x's own
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("mask", ("none", "sparse"))
+@pytest.mark.parametrize("kernel", ["qlinear_reference", *(row for row in rows("QLinear") if row.values[0] != "qlinear_amx")])
+def test_a_linear_takes_codes_in_place_of_its_own(kernel, mask, bits):
+    clip = torch.tensor([0.9, 0.8])
+    for n, k, group in ((20, 96, 32), (33, 70, 70), (64, 1600, 1600), (40, 200, 200)):
+        x = torch.randn(530, k)
+        w = random_weight(n, k, group, 4, n == 20, mask, columns=2 if mask == "sparse" else 0)
+        layer, (code, scale) = Linear(w, bits, kernel, act_clip=clip), room(530, k, bits)
+        ops.transform(x, 2 if k < 512 else 10, k // (2 if k < 512 else 10), codes=(code, scale), bits=bits, clip=clip)
+        for m in (19, 530 if n == 33 else 17):
+            given = code[:m], scale[:m]
+            assert torch.equal(layer(x[:m], codes=given), layer(x[:m]))
+            if mask == "none":
+                assert torch.equal(layer(torch.full((m, k), torch.nan), codes=given), layer(x[:m]))
+        scale[5] = 0
+        assert mask == "sparse" or (layer(x[:19], codes=(code[:19], scale[:19]))[5] == 0).all()  # those it was given, not x's own
+    with pytest.raises(ValueError, match="Linear: codes is"):
+        layer(x, codes=(code[:5], scale))
 
 
 @pytest.mark.parametrize("kernel", ["transform_reference", *rows("Transform")])
@@ -96,12 +119,15 @@ def test_a_token_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(ker
 @pytest.mark.parametrize("kernel", ["transform_reference", *rows("Transform")])
 def test_a_broken_token_shows_and_its_neighbours_stay(kernel):
     x = torch.randn(20, 576)
-    x[3, 100] = torch.nan
-    y = ops.transform(x, 24, 24, **factors(24, 24, "lr"), kernel=kernel)
-    assert torch.isnan(y[3]).all() and torch.isfinite(y[torch.arange(20) != 3]).all()
-    code, scale = torch.empty(20, 576, dtype=torch.int8), torch.empty(20)
-    ops.transform(x, 24, 24, codes=(code, scale))
-    assert torch.isnan(scale[3]) and not code[3].any()
+    x[3, 10] = torch.nan
+    for a, b in ((24, 24), (9, 64)):
+        y = ops.transform(x, a, b, **factors(a, b, "lr"), kernel=kernel)
+        assert torch.isnan(y[3]).all() and torch.isfinite(y[torch.arange(20) != 3]).all()
+    for which in ("lr", "", "r"):
+        code, scale = torch.empty(20, 576, dtype=torch.int8), torch.empty(20)
+        if takes(kernel, 20, which=which):
+            ops.transform(x, 24, 24, **factors(24, 24, which), codes=(code, scale), kernel=kernel)
+            assert torch.isnan(scale[3]) and not code[3].any() and torch.isfinite(scale[torch.arange(20) != 3]).all()
 
 
 def test_matrix_units_say_what_they_are_not_for():

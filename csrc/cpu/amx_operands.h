@@ -20,12 +20,6 @@ inline Avx512::F amx_columns(const float* row, int64_t c, int64_t count) {
   return left >= 16 ? Avx512::load(row + c) : left > 0 ? Avx512::load(row + c, int(left)) : Avx512::zero();
 }
 
-// Row r of a left operand.
-inline void amx_left_row(const float* row, int64_t r, int64_t width, const AmxOperand& to) {
-  for (int64_t c = 0; c < width; c += 32)
-    _mm512_store_si512(to.tile(r / 16, c / 32) + r % 16 * 32, Amx::round(amx_columns(row, c, width), amx_columns(row, c + 16, width)));
-}
-
 // rows[count][width], `stride` apart, as a right operand.
 inline void amx_right_operand(const float* rows, int64_t stride, int64_t count, int64_t width, const AmxOperand& to) {
   for (int64_t r = 0; r < count; r += 2)

@@ -33,6 +33,15 @@ void store_codes(int8_t* to, typename V::I code, int count) {
   __builtin_memcpy(to, tail, size_t(count));
 }
 
+// Codes of 4 bits of an even number of lanes, two a byte.
+template <class V>
+void store_nibbles(uint8_t* to, typename V::I code, int count) {
+  if (count == V::lanes) return V::store_nibbles(to, code);
+  uint8_t tail[V::lanes / 2];
+  V::store_nibbles(tail, code);
+  __builtin_memcpy(to, tail, size_t(count) / 2);
+}
+
 // How far x[n] reaches above and below zero. broken is NaN if an element is NaN or infinite, which max() may lose, else 0.
 template <class V>
 struct Range {
@@ -53,37 +62,68 @@ struct Range {
   }
 };
 
-// Codes of x[n], which share a scale (ops.h, Transform): of `bits` within clip's ratios, or for two planes in ±(256·127 + 127), whose low
-// byte is a signed plane of its own. Returns the scale; NaN, and codes of 0, if an input is NaN or infinite.
+// What x[n] becomes codes by, which share a scale (ops.h, Transform): of `bits` within clip's ratios, or for two planes in
+// ±(256·127 + 127), whose low byte is a signed plane of its own. The scale is NaN, and all codes are 0, if an input is NaN or infinite.
+template <class V, int planes>
+struct Quantizer {
+  using F = typename V::F;
+
+  float scale, inverse, most;
+
+  Quantizer() = default;
+  Quantizer(const Range<V>& range, int bits, const float* clip) : most(planes == 1 ? float((1 << (bits - 1)) - 1) : 256.0f * 127.0f + 127.0f) {
+    const float above = range.high * (clip ? clip[0] : 1.0f), below = range.low * (clip ? clip[1] : 1.0f);
+    scale = (above > below ? above : below) / most + range.broken, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  }
+
+  // In this order NaN, the second operand, gets through: as an int, to which all is rounded here, it is −2^31, whose low bytes are 0.
+  typename V::I codes(F x) const {
+    const F v = V::mul(x, V::set(inverse));
+    return V::to_int(V::max(V::set(planes == 1 ? -most - 1.0f : -most), V::min(V::set(most), v)));
+  }
+
+  // Those of n of the inputs.
+  void write(const float* x, int64_t n, int8_t* const (&code)[planes]) const {
+    for (int64_t c = 0; c < n; c += V::lanes) {
+      const int count = int(n - c < V::lanes ? n - c : V::lanes);
+      const auto i = codes(V::load(x + c, count));
+      store_codes<V>(code[0] + c, planes == 1 ? i : V::high_byte(i), count);
+      if constexpr (planes == 2) store_codes<V>(code[1] + c, i, count);
+    }
+  }
+};
+
+// Makes the codes of all of x[n]; returns the scale.
 template <class V, int planes>
 float quantize_group(const float* x, int64_t n, int8_t* const (&code)[planes], int bits = 8, const float* clip = nullptr) {
-  using F = typename V::F;
-  const Range<V> range(x, n);
-  const float most = planes == 1 ? float((1 << (bits - 1)) - 1) : 256.0f * 127.0f + 127.0f;
-  const float above = range.high * (clip ? clip[0] : 1.0f), below = range.low * (clip ? clip[1] : 1.0f);
-  const float scale = (above > below ? above : below) / most + range.broken;
-  const F inverse = V::set(scale > 0 ? 1.0f / scale : 0.0f), limit = V::set(most), least = V::set(planes == 1 ? -most - 1.0f : -most);
-  auto put = [&](int64_t c, F x, int count) {
-    const F v = V::round(V::mul(x, inverse));
-    // In this order NaN, the second operand, gets through: as an int it is −2^31, whose low bytes are 0.
-    const auto i = V::to_int(V::max(least, V::min(limit, v)));
-    store_codes<V>(code[0] + c, planes == 1 ? i : V::high_byte(i), count);
-    if constexpr (planes == 2) store_codes<V>(code[1] + c, i, count);
-  };
-  int64_t c = 0;
-  for (; c + V::lanes <= n; c += V::lanes) put(c, V::load(x + c), V::lanes);
-  if (c < n) put(c, V::load(x + c, int(n - c)), int(n - c));
-  return scale;
+  const Quantizer<V, planes> quantizer(Range<V>(x, n), bits, clip);
+  quantizer.write(x, n, code);
+  return quantizer.scale;
+}
+
+// The codes of 8 bits of x[n], or of 4, two a byte with the even one in the low nibble (ops.h, Transform); n is even then. Returns the scale.
+template <class V>
+float write_codes(const float* x, int64_t n, int bits, const float* clip, void* to) {
+  if (bits == 8) return quantize_group<V, 1>(x, n, {static_cast<int8_t*>(to)}, 8, clip);
+  const Quantizer<V, 1> quantizer(Range<V>(x, n), bits, clip);
+  for (int64_t c = 0; c < n; c += V::lanes) {
+    const int count = int(n - c < V::lanes ? n - c : V::lanes);
+    store_nibbles<V>(static_cast<uint8_t*>(to) + c / 2, quantizer.codes(V::load(x + c, count)), count);
+  }
+  return quantizer.scale;
 }
 
 template <class V>
 float rms_factor(const float* x, int64_t n, float eps) {
-  typename V::F sum = V::zero();
-  for (int64_t c = 0; c < n; c += V::lanes) {
-    const auto v = V::load(x + c, int(n - c < V::lanes ? n - c : V::lanes));
-    sum = V::fma(v, v, sum);
-  }
-  return 1.0f / __builtin_sqrtf(V::sum(sum) / float(n) + eps);
+  constexpr int kChains = 4;  // hide the latency of fma()
+  typename V::F sum[kChains];
+  for (auto& s : sum) s = V::zero();
+  int64_t c = 0;
+  auto take = [&](int j, typename V::F v) { sum[j] = V::fma(v, v, sum[j]); };
+  for (; c + kChains * V::lanes <= n; c += kChains * V::lanes)
+    for (int j = 0; j < kChains; ++j) take(j, V::load(x + c + j * V::lanes));
+  for (; c < n; c += V::lanes) take(0, V::load(x + c, int(n - c < V::lanes ? n - c : V::lanes)));
+  return 1.0f / __builtin_sqrtf(V::sum(V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]))) / float(n) + eps);
 }
 
 // y[n] = x · factor · weight.

@@ -37,7 +37,7 @@ struct QLinearTile {
   // Carved from the workspace.
   float* x_padded;             // [m][k8], only where k is no multiple of 8
   float* x_turned;             // [m/lanes][k][lanes]
-  int8_t* x_code;              // [2][m][k8]
+  int8_t* x_code;              // [2][m][k8], or in tiles (qlinear_amx_int8.cpp)
   void* x_sum;                 // [2][m][groups], i32; f32[m][groups] without planes
   float* x_scale;              // [m][groups]
   float* x_column;             // [m][columns]
@@ -48,9 +48,9 @@ struct QLinearTile {
     const int64_t rows = (m + 15) / 16 * 16;
     char* at = static_cast<char*>(op.workspace);
     auto take = [&](int64_t bytes) { char* p = at; at += (bytes + 63) / 64 * 64; return p; };
-    x_padded = reinterpret_cast<float*>(take(rows * k8 * 4));
-    x_turned = reinterpret_cast<float*>(take(rows * op.k * 4));
-    x_code = reinterpret_cast<int8_t*>(take(2 * rows * k8));
+    x_padded = reinterpret_cast<float*>(take(op.act_bits == 16 ? rows * k8 * 4 : 0));
+    x_turned = reinterpret_cast<float*>(take(op.outlier_band ? rows * op.k * 4 : 0));
+    x_code = reinterpret_cast<int8_t*>(take(2 * rows * ((op.k + 63) / 64 * 64)));
     x_sum = take(2 * rows * groups * 4);
     x_scale = reinterpret_cast<float*>(take(rows * groups * 4));
     x_column = reinterpret_cast<float*>(take(rows * op.columns * 4));
@@ -91,9 +91,23 @@ struct QLinearTile {
     return quantize_group<V, planes>(x_row(i) + begin, end - begin, code, op.act_bits, op.act_clip);
   }
 
+  // Codes begin … begin + count of those that came with the op, a byte each; begin is even.
+  void copy_codes(int64_t i, int64_t begin, int64_t count, int8_t* to) const {
+    const auto* from = static_cast<const int8_t*>(op.x_code) + (first + i) * op.k * op.act_bits / 8 + begin * op.act_bits / 8;
+    if (op.act_bits == 8) return void(__builtin_memcpy(to, from, size_t(count)));
+    for (int64_t c = 0; c < count; c += 2, ++from) to[c] = int8_t(int8_t(*from << 4) >> 4), to[c + 1] = int8_t(*from >> 4);
+  }
+
+  // Of a token, whose codes are made, or are what the op came with.
+  float token_scale(int64_t i) const {
+    if (!op.x_code) return quantize<1>(i, 0, op.k);
+    copy_codes(i, 0, op.k, code_row(0, i));
+    return op.x_scale[first + i];
+  }
+
   template <int planes>
   void quantize(int64_t i) const {
-    const float scale = planes == 1 ? quantize<planes>(i, 0, op.k) : 0;
+    const float scale = planes == 1 ? token_scale(i) : 0;
     for (int64_t g = 0; g < groups; ++g) {
       x_scale[i * groups + g] = planes == 1 ? scale : quantize<planes>(i, g * op.group, (g + 1) * op.group);
       for (int p = 0; p < planes; ++p) {
@@ -128,9 +142,18 @@ struct QLinearTile {
           if (k8 != op.k) pad(i);
           sum_groups(i);
         }
-        for (int64_t j = 0; j < op.columns; ++j) x_column[i * op.columns + j] = x_row(i)[op.column_index[j]];
       }
     });
+    prepare_exact();
+  }
+
+  // What outliers and columns read of x.
+  void prepare_exact() const {
+    if (op.columns)
+      parallel_for(m, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          for (int64_t j = 0; j < op.columns; ++j) x_column[i * op.columns + j] = x_row(i)[op.column_index[j]];
+      });
     if (op.outlier_band && m >= kBatch) {
       const int64_t pieces = (op.k + V::lanes - 1) / V::lanes;
       parallel_for((m + V::lanes - 1) / V::lanes * pieces, 16, [&](int64_t begin, int64_t end) {
@@ -389,9 +412,8 @@ struct QLinearTile {
   }
 
   // multiply(begin, end) makes all sums of those tiles of outputs but for the outliers.
-  template <int planes, class Multiply>
+  template <class Multiply>
   void run(Multiply multiply) const {
-    prepare<planes>();
     // Four pieces a thread: enough to even out skewed outliers, few enough that each stays a long stream. All are whole bands.
     constexpr int64_t kBand = OutlierBand::rows / V::lanes;
     const int64_t pieces = 4 * pe::threads(), grain = (tiles + pieces - 1) / pieces;
@@ -409,7 +431,8 @@ struct QLinearTile {
 
   template <int bits, int planes>
   void run() const {
-    run<planes>([&](int64_t begin, int64_t end) { tokens<bits, planes>(begin, end); });
+    prepare<planes>();
+    run([&](int64_t begin, int64_t end) { tokens<bits, planes>(begin, end); });
   }
 };
 
@@ -417,7 +440,6 @@ template <class V>
 const char* qlinear_refuses(const QLinear& op) {
   if (op.gated && (op.n % 2 || op.residual)) return "a gated result has two halves and no residual";
   if (op.layout != Layout::canonical && bool(op.outlier_row) != bool(op.outlier_band)) return "outliers are not packed";
-  if (op.x_code) return "it makes the codes of activations itself";
   const bool integer = op.act_bits < 16 || V::planes;
   const bool overflows = integer && op.group > INT32_MAX / 128 / ((1 << op.bits) - 1);
   return overflows ? "the int32 sum of a group this long may overflow" : nullptr;

@@ -23,14 +23,7 @@ float quantize_head(const float* x, int64_t d, const float* clip, uint8_t* to, u
     const int count = int(d - c < V::lanes ? d - c : V::lanes);
     const F v = V::add(V::round(V::mul(V::load(x + c, count), V::set(inverse))), V::set(zero));
     // In this order NaN, the second operand, gets through: as an int it is −2^31, whose low byte is 0.
-    const auto code = V::to_int(V::max(V::zero(), V::min(V::set(15.0f), v)));
-    if (count == V::lanes) {
-      V::store_nibbles(to + c / 2, code);
-    } else {
-      uint8_t tail[V::lanes / 2];
-      V::store_nibbles(tail, code);
-      __builtin_memcpy(to + c / 2, tail, size_t(count) / 2);
-    }
+    store_nibbles<V>(to + c / 2, V::to_int(V::max(V::zero(), V::min(V::set(15.0f), v))), count);
   }
   return scale;
 }

@@ -56,7 +56,8 @@ struct RopeTiles {
         for (int64_t j = 0; j < some; ++j) {
           const RopeRow<V> row{op, i + r};
           row.turn(row.heads() + (h + j) * d, room.turned, nullptr);
-          amx_left_row(room.turned, r, d, head(j));
+          for (int64_t c = 0; c < d; c += 32)
+            _mm512_store_si512(head(j).tile(0, c / 32) + r * 32, Amx::round(V::load(room.turned + c), V::load(room.turned + c + 16)));
         }
       for (int64_t j = 0; j < some; ++j) {
         float* to = RopeRow<V>{op, i}.heads() + (h + j) * d;

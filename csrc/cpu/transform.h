@@ -1,4 +1,5 @@
-// Change of basis of what linears read, with RMSNorm or a gate before it: t = leftᵀ · mat(v)[a, b] · right for each token.
+// Change of basis of what linears read, with RMSNorm or a gate before it and the quantizer after it: t = leftᵀ · mat(v)[a, b] · right for
+// each token.
 //
 // Both products are one small matrix product, C[rows, b] = A[rows, inner] · B[inner, b] with a lane for a column of B: right's operands are
 // (v, right), left's (leftᵀ, what right has left). A and B lie in L1 (24 × 24 and 32 × 48 floats take 2 to 9 KiB), six rows by two vectors
@@ -65,7 +66,7 @@ struct SmallProduct {
   }
 };
 
-// One token. y takes the result of `right`, made from a few rows of mat(v) at a time; then in place that of `left`, a few columns at a time.
+// One token. y, or where codes alone are asked for a buffer, takes the result of `right`, made from a few rows of mat(v) at a time; then in place that of `left`, a few columns at a time.
 template <class V>
 struct TransformRow {
   static constexpr int64_t kRowsAtOnce = 6;
@@ -109,24 +110,31 @@ struct TransformRow {
     }
   }
 
-  void run() const {
-    float* y = op.y + i * op.y_stride;
+  // The codes of t[n].
+  void write(const float* t) const {
+    op.scale[i] = write_codes<V>(t, op.n, op.bits, op.clip, static_cast<uint8_t*>(op.code) + i * op.n * op.bits / 8);
+  }
+
+  // room[n] takes the result where there is no y for it.
+  void run(float* room) const {
+    float* y = op.y ? op.y + i * op.y_stride : room;
     const float* t = y;
     op.right ? times_right(y) : void(t = input(0, op.n, y));
     if (op.left) times_left(t, y);
-    else if (t != y) __builtin_memcpy(y, t, size_t(op.n) * sizeof(float));
+    else if (t != y && op.y) __builtin_memcpy(y, t, size_t(op.n) * sizeof(float));
+    if (op.code) write(op.left ? y : t);
   }
 };
 
 inline const char* transform_refuses(const Transform& op) {
-  if (op.code) return "makes no codes: the linears of the CPU make their own";
   return op.a > kFactor || op.b > kFactor ? "a factor is above 256" : nullptr;
 }
 
 template <class V>
 void transform(const Transform& op, void*) {
   parallel_for(op.m, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) TransformRow<V>(op, i).run();
+    alignas(64) float room[kFactor * kFactor];
+    for (int64_t i = begin; i < end; ++i) TransformRow<V>(op, i).run(room);
   });
 }
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .. import memory, ops
 from ..cache import Batch, KVCache, LayerCache
 from ..errors import CheckpointError
-from ..layers import Dense, Embedding
-from ..transforms import HeadBasis, SiteInput, Transform
+from ..layers import Dense, Embedding, weight_layers
+from ..linear import Linear
+from ..transforms import HeadBasis, Room, SiteInput, Transform
 
 # The linears of a block in the order they run, by the input they share: quantizers treat a site's members alike.
 SITES = {
@@ -192,13 +193,13 @@ class Block(nn.Module):
         before = (norms[0], None, norms[1], None)  # by site
         self.qkv, self.o, self.gate_up, self.down = linears
         self.exact = isinstance(self.qkv, Dense)  # who runs float weights wants float results
-        sites = [SiteInput(t, norm, c.rms_norm_eps, self.exact) for t, norm in zip(transforms, before)]
+        sites = [_site(c, t, norm, weight_layers(layer), self.exact) for t, norm, layer in zip(transforms, before, linears)]
         self.attn_in, self.o_in, self.mlp_in, self.down_in = sites
 
     def forward(self, rows: Rows, kv: LayerCache, rope: tuple[Tensor, Tensor], program: ops.Program | None) -> None:
         """Updates rows.x in place, now or whenever `program` runs."""
         c = self.config
-        self.qkv(self.attn_in(rows.x, rows.h, program), out=rows.qkv, program=program)
+        self._linear(self.qkv, self.attn_in, rows.x, rows, program, out=rows.qkv)
         ops.rope_kv(
             rows.qkv, *rope, kv.k, kv.v, rows.slot, rows.position, c.num_attention_heads,
             kv_scale=kv.scale, basis=self.heads.basis, clip=self.heads.clip, exact=self.exact, program=program,
@@ -207,20 +208,32 @@ class Block(nn.Module):
         ops.attention(
             q, kv.k, kv.v, rows.slot, rows.position, c.head_dim**-0.5, out=rows.a, exact=self.exact, kv_scale=kv.scale, program=program
         )  # fmt: skip
-        self.o(self.o_in(rows.a, rows.t[:, : rows.a.shape[1]], program), residual=rows.x, out=rows.x, program=program)
-        self.gate_up(self.mlp_in(rows.x, rows.h, program), out=rows.g, program=program)
-        self.down(self.down_in(rows.g, rows.t[:, : rows.g.shape[1]], program), residual=rows.x, out=rows.x, program=program)
+        self._linear(self.o, self.o_in, rows.a, rows, program, residual=rows.x, out=rows.x)
+        self._linear(self.gate_up, self.mlp_in, rows.x, rows, program, out=rows.g)
+        self._linear(self.down, self.down_in, rows.g, rows, program, residual=rows.x, out=rows.x)
+
+    @staticmethod
+    def _linear(layer: nn.Module, site: SiteInput, x: Tensor, rows: Rows, program: ops.Program | None, **results: Tensor) -> None:
+        value, codes = site(x, rows.room, program)
+        layer(value, program=program, codes=codes, **results)
+
+
+def _site(c: Config, transform: Transform | None, norm: Tensor | None, layers: list[Linear | Dense], exact: bool) -> SiteInput:
+    """Of linears that read the same input."""
+    quantized = [layer for layer in layers if isinstance(layer, Linear)]
+    both = len(quantized) < len(layers) or any(layer.outliers or layer.columns for layer in quantized)
+    bits, clip = (quantized[0].act_bits, quantized[0].act_clip) if quantized else (16, None)
+    return SiteInput(transform, norm, c.rms_norm_eps, bits, clip, both, exact)
 
 
 class Rows:
-    """The buffers that m rows pass through the model in: token i64[m], slot and position i32[m]; x, h f32[m, hidden] and what each linear
-    makes of them, t what a change of basis makes of a and g; wanted i64[w] and last f32[w, hidden], the rows whose logits are asked for."""
+    """The buffers that m rows pass through the model in: token i64[m], slot and position i32[m]; x f32[m, hidden] and what each linear makes
+    of it, room for what it reads; wanted i64[w] and last f32[w, hidden], the rows whose logits are asked for."""
 
     def __init__(self, c: Config, m: int, wanted: int):
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.x, self.h = memory.empty(m, c.hidden_size), memory.empty(m, c.hidden_size)
+        self.x, self.room = memory.empty(m, c.hidden_size), Room(m, max(c.hidden_size, q, c.intermediate_size))
         self.qkv, self.a, self.g = memory.empty(m, q + 2 * kv), memory.empty(m, q), memory.empty(m, c.intermediate_size)
-        self.t = memory.empty(m, max(q, c.intermediate_size))
         self.token, self.wanted = torch.empty(m, dtype=torch.int64), torch.empty(wanted, dtype=torch.int64)
         self.slot, self.position = torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.int32)
         self.last = memory.empty(wanted, c.hidden_size)
