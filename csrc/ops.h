@@ -46,9 +46,10 @@ struct OutlierRun {
 // act_bits 16: a kernel may use x as f32, as 16-bit fixed point with a scale a group, or (from 16 tokens on) x and w as bf16.
 // act_bits 8 or 4: each token is quantized to integer codes (below, Transform, says how), the products with the weight's codes are summed
 // exactly in int32 over a group; outliers and columns multiply the unquantized x. A token with NaN or infinity gives NaN. Where Transform has
-// made the codes they come as x_code and x_scale, and x is read for outliers and columns alone; else CPU kernels make them themselves.
-// CUDA kernels cannot, and so far take symmetric weights with a scale a row and neither outliers nor columns; y = sum · (scale · x_scale)
-// in f32.
+// made the codes they come as x_code and x_scale, and x is read for outliers and columns alone; else CPU kernels make them themselves, and
+// CUDA kernels have Transform make them in the workspace. Those quantize whatever the number of tokens is, and round nothing before
+// y = sum · (scale · x_scale) in f32: a token gets the same bits in any batch and from any of them. So far they take symmetric weights with a
+// scale a row and neither outliers nor columns.
 // Bound on ‖y − oracle‖ / ‖oracle‖ for normally distributed x: 1e-5 with f32 or 8-bit codes, 1e-4 with fixed point (an input that
 // towers over its group costs the others of the group digits), 5e-3 with bf16.
 // For f16 and bf16 the sums are f32; codes, zeros and outliers are exact where weights go from registers into the tensor cores, and
@@ -66,7 +67,7 @@ struct QLinear {
   bool scale_f32 = false;          // scale is f32, else f16
   const float* x = nullptr;
   int64_t x_stride = 0;
-  const float* act_clip = nullptr; // nullable f32[2]: the clip of act_bits 8 or 4
+  const float* act_clip = nullptr; // nullable f32[2]: the clip of act_bits 8 or 4, where codes are not given
   const void* x_code = nullptr;    // nullable, with x_scale f32[m]: i8[m, k], or for 4 bits u8[m, k/2] as Transform packs them
   const float* x_scale = nullptr;
   float* y = nullptr;
@@ -159,7 +160,7 @@ struct RmsNorm {
 // more for y.
 // Codes are exact where they are made of an exact t, and else off by one where t lies next to the middle between two.
 struct Transform {
-  int64_t m = 0, n = 0, a = 0, b = 0;  // a, b ≤ 256; n is even for 4 bits
+  int64_t m = 0, n = 0, a = 0, b = 0;  // a, b ≤ 256, on CUDA where there is a factor; n is even for 4 bits
   Dtype dtype = Dtype::f32;            // of x and y
   const float* x = nullptr;
   int64_t x_stride = 0;

@@ -92,7 +92,7 @@ void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero) {
   move_all_groups(op, scale, zero, true);
 }
 
-size_t workspace_bytes(const QLinear& op) {
+static size_t sums_bytes(const QLinear& op) {
   auto bytes = [](Split split, int64_t outputs, int64_t sums) {
     return split.count > 1 ? kCounterBytes + size_t(outputs * split.count * sums) * 4 : 0;
   };
@@ -104,6 +104,14 @@ size_t workspace_bytes(const QLinear& op) {
     most = std::max(most, bytes(gemm_split(op, tokens), gemm_blocks(op, tokens), kGemmOutputs * tokens));
   return most;
 }
+
+CodesPlace codes_place(const QLinear& op) {
+  const size_t code = std::max(kCounterBytes, size_t(blocks_of(int64_t(sums_bytes(op)), 64) * 64));
+  const size_t scale = code + size_t(blocks_of(op.m * op.k * op.act_bits / 8, 64) * 64);
+  return {code, scale, scale + size_t(op.m) * 4};
+}
+
+size_t workspace_bytes(const QLinear& op) { return op.act_bits < 16 && !op.x_code ? codes_place(op).end : sums_bytes(op); }
 
 }  // namespace mma
 

@@ -40,7 +40,7 @@ inline int gemm_tokens(const QLinear& op) { return op.m <= 32 ? 32 : op.m <= 64 
 inline int64_t gemm_blocks(const QLinear& op, int tokens) { return blocks_of(op.n, kGemmOutputs) * blocks_of(op.m, tokens); }
 inline Split gemm_split(const QLinear& op, int tokens) { return Split(gemm_blocks(op, tokens), blocks_of(op.k, kTile), 1, 8); }
 
-// The workspace begins with a counter for each tile of y, and goes on with the f32 sums of each block. Room for counters is the same for every
+// The workspace begins with a counter for each tile of y, and goes on with the sums of each block, of 32 bits. Room for counters is the same for every
 // op: those of a stream share the workspace, and what one leaves as sums must not be another's counters. It is enough, since blocks share
 // inputs only where there are at most 132 · 4 / 2 = 264 tiles.
 constexpr size_t kCounterBytes = 2048;
@@ -49,5 +49,11 @@ PackedBytes packed_bytes(const QLinear& op);
 void pack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero);
 void unpack(const QLinear& op, uint8_t* weight, void* scale, uint8_t* zero);
 size_t workspace_bytes(const QLinear& op);
+
+// Where the codes of activations lie in the workspace if the op brings none, and their scales behind them: after the counters and the sums.
+struct CodesPlace {
+  size_t code, scale, end;
+};
+CodesPlace codes_place(const QLinear& op);
 
 }  // namespace pe::mma

@@ -132,7 +132,9 @@ def test_few_tokens_of_a_w4a4_checkpoint_run_on_the_kernel_for_16_bits(device):
     ({"outlier_row": 16}, "no FP16 outliers"),
     ({"columns": 1}, "nor columns"),
     ({"k": 584, "group": 584}, "no multiple of 16"),
-    ({"x_code": 0}, "codes that Transform makes"),
+    ({"x_code": 0}, "x_code and x_scale together"),
+    ({"x_code": 0, "x_scale": 0, "x": 8}, "rows of x are not 16-byte aligned"),
+    ({"x_code": 0, "x_scale": 0, "x_stride": 580}, "rows of x are not 16-byte aligned"),
     ({"x_code": 8}, "not 16-byte aligned"),
 ))  # fmt: skip
 def test_a_kernel_says_what_it_refuses(device, change, why):

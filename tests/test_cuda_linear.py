@@ -14,7 +14,7 @@ from weights import random_weight
 from pyengine import linear as linear_module
 from pyengine import ops, torch_ops
 from pyengine.linear import Linear
-from pyengine.qtensor import QTensor
+from pyengine.qtensor import QTensor, unpack_codes
 
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # ops.h
 # Forms and shapes: inputs that fill no 16 bytes, several tiles, several blocks that share outputs through the workspace.
@@ -91,7 +91,7 @@ def emulated(device, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda gpu: SimpleNamespace(cuda_stream=device.stream))
     monkeypatch.setattr(torch_ops, "traced", lambda x: False)
-    for module in (linear_module, ops):
+    for module in (linear_module, ops, torch_ops):
         monkeypatch.setattr(module, "_C", device.ops)
     make_current(found, 1 - found.index)
     return found
@@ -144,9 +144,70 @@ def test_what_a_gpu_does_not_take_is_refused(emulated):
         Linear(w)(placed(torch.randn(2, 96).half(), emulated))
     with pytest.raises(ValueError, match="capture a CUDA graph instead"):
         layer(placed(torch.randn(2, 96).half(), emulated), program=ops.Program())
-    for change, why in (({"act_bits": 8}, "takes activations of 16 bits"), ({"gated": True}, "gates no result")):
+    for (n, k, group), change, why in (
+        ((16, 64, 32), {"act_bits": 8}, "takes one scale a row"),
+        ((16, 24, 24), {"act_bits": 8}, "k is no multiple of 16"),
+        ((16, 48, 48), {"act_bits": 4}, "k is no multiple of 32"),
+        ((16, 64, 32), {"gated": True}, "gates no result"),
+    ):
         with pytest.raises(RuntimeError, match=why):
-            Linear(random_weight(16, 64, 32), **change).to(cuda)
+            Linear(random_weight(n, k, group), **change).to(cuda)
+
+
+def integers(x: torch.Tensor, w: QTensor, act_bits: int, clip: torch.Tensor | None) -> torch.Tensor:
+    """x [m, k] · wᵀ with x quantized as ops.h says, in x's dtype."""
+    high, low = (1, 1) if clip is None else clip
+    most = (1 << (act_bits - 1)) - 1
+    scale = torch.maximum(x.float().clamp(min=0).amax(1) * high, (-x.float()).clamp(min=0).amax(1) * low) / most
+    codes = (x.float() * torch.where(scale > 0, 1 / scale, 0)[:, None]).round().clamp(-most - 1, most)
+    weights = unpack_codes(w.weight, w.k, w.container).long() - (1 << (w.container - 1))
+    y = (codes.long() @ weights.T).float() * (w.scale.float().T * scale[:, None])
+    return (y if w.bias is None else y + w.bias.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_activations_are_quantized_to_integers_on_the_way(emulated, dtype):
+    """The very bits that exact sums give, and for a token the same in any batch; 4112 inputs are no product of two factors up to 256."""
+    cases = ((4, 70, 576, 8, None), (4, 17, 4112, 8, [0.9, 0.7]), (8, 33, 96, 8, None), (4, 130, 1568, 4, [0.6, 1.0]))
+    for bits, n, k, act_bits, clip in cases:
+        w, clip = random_weight(n, k, k, bits, bias=bits == 4), clip and torch.tensor(clip)
+        layer = Linear(w, act_bits, act_clip=clip).to(f"cuda:{emulated.index}")
+        wide = torch.randn(37, k + 5).to(dtype)
+        wide[0] = 0
+        x, on_gpu = wide[:, 3 : k + 3], placed(wide, emulated)[:, 3 : k + 3]
+        expected = integers(x, w, act_bits, clip)
+        for begin, end in ((0, 37), (3, 4), (30, 37)):
+            assert torch.equal(layer(on_gpu[begin:end]).to("cpu"), expected[begin:end]), (n, k, begin, end)
+            assert layer.kernel_name(end - begin) == f"qlinear_int_sm{emulated.device.arch}"
+        assert torch.equal(torch_ops._run(on_gpu, *torch_ops.arguments(layer)).to("cpu"), expected)
+        assert same(layer.quantized(), w)
+        emulated.device.check()
+
+
+def test_what_is_not_finite_stays_visible(emulated):
+    w = random_weight(16, 64, 64, 4)
+    x = torch.randn(3, 64).half()
+    x[1, 5], x[2, 6] = torch.inf, torch.nan
+    y = Linear(w, 8).to(f"cuda:{emulated.index}")(placed(x, emulated)).to("cpu")
+    assert torch.equal(y[0], integers(x[:1], w, 8, None)[0]) and y[1:].isnan().all()
+
+
+def test_codes_have_room_of_their_own(emulated):
+    """In the workspace, behind the counters and sums of blocks that share outputs: another one in each stream and in each capture."""
+    w, x = random_weight(130, 1568, 1568, 4), torch.randn(33, 1568).half()
+    layer, on_gpu, expected = Linear(w, 8).to(f"cuda:{emulated.index}"), placed(x, emulated), integers(x, w, 8, None)
+    small = Linear(random_weight(16, 64, 64, 4), 8).to(f"cuda:{emulated.index}")  # whose blocks share nothing
+    streams, results = [emulated.device.stream, emulated.device.new_stream()], []
+    for i, stream in enumerate(streams * 2):
+        emulated.device.stream = stream
+        emulated.device.library.emu_capture(stream, 7 if i == 2 else 0)
+        small(placed(torch.randn(3, 64).half(), emulated))
+        results.append((stream, layer(on_gpu)))
+        emulated.device.library.emu_capture(stream, 0)
+    for stream, y in results:
+        emulated.device.stream = stream
+        assert torch.equal(y.to("cpu"), expected)
+    emulated.device.check()
 
 
 def test_two_streams_do_not_share_a_workspace(emulated):
@@ -237,9 +298,11 @@ def test_streams_side_by_side():
 
 
 @on_gpu
-def test_a_captured_graph_repeats_the_forward():
+@pytest.mark.parametrize("group, act_bits", ((128, 16), (1536, 8), (1536, 4)))
+def test_a_captured_graph_repeats_the_forward(group, act_bits):
     """Capture finds a workspace that nobody else uses, ready in a stream that has run nothing; what runs outside of the graph does not disturb it."""
-    model = nn.Sequential(*(Linear(weight(4, 1536, 1536, 128, "sparse")) for _ in range(2))).cuda()
+    layers = (random_weight(1536, 1536, group, 4, mask="sparse" if act_bits == 16 else "none") for _ in range(2))
+    model = nn.Sequential(*(Linear(w, act_bits) for w in layers)).cuda()
     for m in (1, 40):
         x, graph = torch.randn(m, 1536).half().cuda(), torch.cuda.CUDAGraph()
         model(x)  # loads the kernels
@@ -256,7 +319,7 @@ def test_a_captured_graph_repeats_the_forward():
 @on_gpu
 @pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
 def test_compiled_on_a_gpu(mode):
-    model = nn.Sequential(*(Linear(weight(4, 1536, 1536, 128, "sparse")) for _ in range(2))).cuda()
+    model = nn.Sequential(Linear(weight(4, 1536, 1536, 128, "sparse")), Linear(random_weight(1536, 1536, 1536), 8)).cuda()
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     with torch.inference_mode():
         for m in (1, 1, 1, 40, 40, 40):

@@ -14,7 +14,7 @@ BOUND = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # ops.h
 KERNELS = ("transform_sm80", "transform_sm90")
 # (a, b, which factors there are): model-sized, padded, odd, one factor, none; b no multiple of 8; factors that stay in L2.
 SHAPES = ((64, 64, "lr"), (112, 128, "lr"), (86, 128, "lr"), (24, 24, "lr"), (32, 48, "lr"))
-SHAPES += ((9, 64, "l"), (1, 160, "r"), (16, 10, "lr"), (4, 24, ""), (224, 128, "lr"))
+SHAPES += ((9, 64, "l"), (1, 160, "r"), (16, 10, "lr"), (4, 24, ""), (2, 520, ""), (224, 128, "lr"))
 HOPPER = SHAPES[:2]  # those that transform_sm90 is for
 
 
@@ -167,7 +167,8 @@ def test_what_it_refuses(device, kernel):
         ({"x_stride": 577}, "16-byte aligned"),
         ({"code": 16, "bits": 3}, "8 or 4 bits"),
         ({"code": 8}, "not 16-byte aligned"),
-        ({"a": 256, "b": 256, "n": 65536}, "takes two factors" if kernel.endswith("_sm90") else "does not fit"),
+        ({"a": 1, "b": 576, "right": 16}, "factors of 1 to 256"),
+        ({"a": 256, "b": 256, "n": 65536, "left": 16}, "takes two factors" if kernel.endswith("_sm90") else "does not fit"),
     ):
         changed = device.ops.Transform(op)
         for name, value in change.items():

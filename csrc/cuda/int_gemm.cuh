@@ -1,4 +1,5 @@
-// What the kernels have in common that multiply integers: activations' codes from Transform with codes of layout mma, summed exactly in s32.
+// What the kernels have in common that multiply integers: activations' codes, which Transform makes, with codes of layout mma, summed exactly
+// in s32.
 //
 // A lane of layout mma holds 8 neighbouring inputs of a half of a tile, which is what the INT4 operand wants. The INT8 operand wants 4 inputs
 // from 4t and 4 from 16+4t on, in the order in which activations' codes lie in memory: those are words of the lanes t/2 and 2+t/2 of the
@@ -7,6 +8,7 @@
 
 #include "cuda/layout_mma.cuh"
 #include "cuda/make_weights.cuh"
+#include "dispatch.h"
 
 namespace pe {
 
@@ -21,9 +23,25 @@ inline const char* refuses_int(const QLinear& op) {
   if (op.outlier_row || op.outlier_entry || op.columns) return "multiplies no FP16 outliers nor columns by integers";
   if (op.k % (128 / op.act_bits)) return op.act_bits == 8 ? "k is no multiple of 16" : "k is no multiple of 32";
   if (op.k >= 131072) return "k is 131072 or more, too many products for a sum of 32 bits";
-  if (op.m > 0 && (!op.x_code || !op.x_scale)) return "takes the codes that Transform makes";
+  if (!op.x_code != !op.x_scale) return "takes x_code and x_scale together";
+  if (!op.x_code && (!aligned16(op.x) || op.x_stride % 8)) return "rows of x are not 16-byte aligned";
   if (!aligned16(op.x_code)) return "x_code is not 16-byte aligned";
   return nullptr;
+}
+
+// The op with the codes that came with it, or those that Transform makes of x, in the workspace.
+inline QLinear with_codes(QLinear op, void* stream) {
+  if (op.x_code) return op;
+  const mma::CodesPlace place = mma::codes_place(op);
+  char* workspace = static_cast<char*>(op.workspace);
+  Transform quantizer;
+  quantizer.m = op.m, quantizer.n = quantizer.b = op.k, quantizer.a = 1;
+  quantizer.dtype = op.dtype, quantizer.x = op.x, quantizer.x_stride = op.x_stride;
+  quantizer.bits = op.act_bits, quantizer.clip = op.act_clip;
+  quantizer.code = workspace + place.code, quantizer.scale = reinterpret_cast<float*>(workspace + place.scale);
+  pe::run(quantizer, stream);
+  op.x_code = quantizer.code, op.x_scale = quantizer.scale;
+  return op;
 }
 
 // What the codes of int8_rows() are multiplied by, for codes of 4 bits.

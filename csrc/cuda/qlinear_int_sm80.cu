@@ -1,5 +1,5 @@
 // Quantized linear with INT8 or INT4 activations for any number of tokens: W8A8 and W4A8 on the INT8 tensor cores, W4A4 on the INT4 ones of
-// compute capability 8.x. It reads codes and scales that Transform has made; sums are exact.
+// compute capability 8.x. Sums are exact.
 //
 // A block has 128 outputs and 32, 64 or 128 tokens, W·Xᵀ. Codes of both come by background copies, three tiles of 64 inputs ahead, and a warp
 // turns those of 32 outputs into operands in registers, for half of the tokens. One barrier a tile.
@@ -140,8 +140,9 @@ void start(const QLinear& op, void* stream) {
          shares_of(op, split));
 }
 
-void run(const QLinear& op, void* stream) {
-  if (op.m == 0) return;
+void run(const QLinear& asked, void* stream) {
+  if (asked.m == 0) return;
+  const QLinear op = with_codes(asked, stream);
   auto of_types = [&]<int bits, int act>() {
     switch (mma::gemm_tokens(op)) {
       case 32: return start<bits, act, 32>(op, stream);

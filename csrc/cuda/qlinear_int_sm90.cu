@@ -1,5 +1,5 @@
-// Quantized linear with INT8 or INT4 activations on Hopper: W8A8, W4A8, and W4A4 on the INT8 tensor cores, which are the only ones there. It
-// reads codes and scales that Transform has made; sums are exact.
+// Quantized linear with INT8 or INT4 activations on Hopper: W8A8, W4A8, and W4A4 on the INT8 tensor cores, which are the only ones there.
+// Sums are exact.
 //
 // A block has 128 outputs and 64 or 128 tokens, W·Xᵀ, 128 inputs at a time in a ring in shared memory. Two warpgroups multiply, each 64 outputs,
 // with weights as the operand in registers: while the tensor cores are busy with a tile of 64 inputs, the codes of the next one become
@@ -191,8 +191,9 @@ void start(const QLinear& op, void* stream) {
          shares_of(op, split), map);
 }
 
-void run(const QLinear& op, void* stream) {
-  if (op.m == 0) return;
+void run(const QLinear& asked, void* stream) {
+  if (asked.m == 0) return;
+  const QLinear op = with_codes(asked, stream);
   auto of_types = [&]<int bits, int act>() { op.m <= 64 ? start<bits, act, 64>(op, stream) : start<bits, act, 128>(op, stream); };
   if (op.bits == 8)
     of_types.template operator()<8, 8>();

@@ -11,7 +11,8 @@ namespace pe {
 
 // Why none of them takes this problem.
 inline const char* refuses_transform(const Transform& op) {
-  if (op.a < 1 || op.b < 1 || op.a > 256 || op.b > 256 || op.a * op.b != op.n) return "takes factors of 1 to 256 whose product is n";
+  const bool large = op.a > 256 || op.b > 256;
+  if (op.a < 1 || op.b < 1 || (large && (op.left || op.right)) || op.a * op.b != op.n) return "takes factors of 1 to 256 whose product is n";
   if (op.n % 8) return "n is no multiple of 8";
   if (op.weight && op.gated) return "norms no gated input";
   if (!aligned16(op.x) || op.x_stride % 8 || !aligned16(op.weight)) return "rows of x are not 16-byte aligned";

@@ -4,7 +4,7 @@
 // A block has both factors in shared memory and takes tokens in turn, several at a time where they are small. Each product goes by tiles of
 // 16 rows × 64 columns, a warp's, on the f16 or bf16 tensor cores: u = mat(v)·right, rounded to dtype, then t = leftᵀ·u, kept in f32 over the v
 // that is no longer needed, until the largest of the token is known. Where that does not fit, the factors are read from L2 and t is rounded to
-// dtype.
+// dtype. Without factors a token stands there as t from the beginning.
 //
 // Rows in shared memory are 16 bytes longer than an even number of 16-byte pieces, so that 8 rows' pieces of one column lie in different banks.
 #include <algorithm>
@@ -21,19 +21,22 @@ constexpr int kColumns = 4;  // of 16, a warp's share of a row of tiles: 32 sums
 
 int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
-// The sizes in shared memory: factors padded to 16 with zeros, rows 8 values longer.
+// The sizes in shared memory: factors padded to 16 with zeros, rows 8 values longer. Without factors there is neither padding nor u.
 struct Sizes {
+  bool plain;               // no factors
   int a, b, left_row, row;  // padded; values from a row to the next, of left and of everything else
   int together;             // tokens at a time
   bool resident;            // the factors are in shared memory, and t is f32
 
   Sizes(const Transform& op, int together, bool resident)
-      : a(int(round_up(op.a, 16))), b(int(round_up(op.b, 16))), left_row(a + 8), row(b + 8), together(together), resident(resident) {}
+      : plain(!op.left && !op.right), a(int(round_up(op.a, plain ? 1 : 16))), b(int(round_up(op.b, plain ? 1 : 16))), left_row(a + 8),
+        row(b + 8), together(together), resident(resident) {}
   __host__ __device__ int left_size(const Transform& op) const { return resident && op.left ? a * left_row : 0; }
   __host__ __device__ int right_size(const Transform& op) const { return resident && op.right ? b * row : 0; }
   __host__ __device__ int token_size() const { return a * row; }
+  __host__ __device__ int u_size() const { return plain ? 0 : token_size(); }
   size_t bytes(const Transform& op) const {
-    return size_t(left_size(op) + right_size(op)) * 2 + size_t(together) * token_size() * (resident ? 6 : 4);
+    return size_t(left_size(op) + right_size(op)) * 2 + size_t(together) * (u_size() * 2 + token_size() * (resident ? 4 : 2));
   }
 };
 
@@ -99,7 +102,7 @@ struct Block {
     T* at = reinterpret_cast<T*>(memory);
     left = {static_cast<const __half*>(op.left), at, int(op.a), sizes.left_row}, at += sizes.left_size(op);
     right = {static_cast<const __half*>(op.right), at, int(op.b), sizes.row}, at += sizes.right_size(op);
-    u = at, at += sizes.together * sizes.token_size();
+    u = at, at += sizes.together * sizes.u_size();
     t = reinterpret_cast<Wide*>(at);
     v = left.from && right.from ? at : u;  // t may lie over v, except where it is made of v at once
     warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -255,7 +258,7 @@ Sizes sizes_of(const Transform& op) {
   for (const bool resident : {true, false}) {
     Sizes sizes(op, 1, resident);
     if (sizes.bytes(op) > limit) continue;
-    const int tiles = sizes.a / 16 * ((sizes.b + 16 * kColumns - 1) / (16 * kColumns));
+    const int tiles = sizes.plain ? kWarps : sizes.a / 16 * ((sizes.b + 16 * kColumns - 1) / (16 * kColumns));
     for (Sizes more = sizes; more.bytes(op) <= limit; more.together *= 2) {
       sizes = more;
       if (sizes.together * tiles >= kWarps || sizes.together >= op.m) break;
