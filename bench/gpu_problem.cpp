@@ -72,14 +72,16 @@ Placed<QLinear> place(const Problem<QLinear>& problem, const Spec& spec, size_t 
 
   // One allocation for all copies: what lies side by side cannot share a line of the cache.
   const std::pair<const void*, size_t> parts[] = {
-      {weight.data(), weight.size()}, {scale.data(), scale.size()}, {offset.data(), offset.size() * 4}, {entry.data(), entry.size() * 4}};
+      {weight.data(), weight.size()}, {scale.data(), scale.size()}, {offset.data(), offset.size() * 4}, {entry.data(), entry.size() * 4},
+      {op.column_index, size_t(op.columns) * 4}, {op.column_value, size_t(op.n * op.columns) * 2}};
+  constexpr size_t kParts = std::size(parts);
   size_t each = 0;
   for (const auto& part : parts) each += (part.second + 255) / 256 * 256;
   const size_t count = std::max<size_t>(1, (cold + each - 1) / each);
   owned.emplace_back(each * count);
   Memory& memory = owned.back();
-  size_t at[4], end = 0;
-  for (int i = 0; i < 4; ++i) {
+  size_t at[kParts], end = 0;
+  for (size_t i = 0; i < kParts; ++i) {
     at[i] = end, end += (parts[i].second + 255) / 256 * 256;
     if (parts[i].second) memory.upload(parts[i].first, parts[i].second, at[i]);
   }
@@ -89,6 +91,7 @@ Placed<QLinear> place(const Problem<QLinear>& problem, const Spec& spec, size_t 
     op.weight = reinterpret_cast<uint8_t*>(base + at[0]), op.scale = base + at[1];
     if (canonical.outlier_row)
       op.outlier_offset = reinterpret_cast<uint32_t*>(base + at[2]), op.outlier_entry = reinterpret_cast<uint32_t*>(base + at[3]);
+    op.column_index = reinterpret_cast<int32_t*>(base + at[4]), op.column_value = reinterpret_cast<uint16_t*>(base + at[5]);
     placed.copies.push_back(op);
   }
   return placed;

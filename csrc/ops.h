@@ -48,13 +48,13 @@ struct OutlierRun {
 // exactly in int32 over a group; outliers and columns multiply the unquantized x. A token with NaN or infinity gives NaN. Where Transform has
 // made the codes they come as x_code and x_scale, and x is read for outliers and columns alone; else CPU kernels make them themselves, and
 // CUDA kernels have Transform make them in the workspace. Those quantize whatever the number of tokens is, and round nothing before
-// y = sum · (scale · x_scale) in f32: a token gets the same bits in any batch and from any of them. So far they take symmetric weights with a
-// scale a row and neither outliers nor columns.
+// y = sum · (scale · x_scale) in f32, to which the columns' f32 sum is added: a token gets the same bits in any batch and from any of them.
+// So far they take symmetric weights with a scale a row, and columns but no single outliers.
 // Bound on ‖y − oracle‖ / ‖oracle‖ for normally distributed x: 1e-5 with f32 or 8-bit codes, 1e-4 with fixed point (an input that
 // towers over its group costs the others of the group digits), 5e-3 with bf16.
-// For f16 and bf16 the sums are f32; codes, zeros and outliers are exact where weights go from registers into the tensor cores, and
-// rounded to dtype where they go through shared memory: ≤ 1e-3 for f16 and ≤ 6e-3 for bf16, each given x and with y rounded to dtype, and
-// weights whose scale is no less than 2^-14 (below, f16 itself has fewer digits; to scales in f16 that is no loss).
+// For f16 and bf16 the sums are f32. Columns are exact; codes, zeros and outliers are so where weights go from registers into the tensor
+// cores, and rounded to dtype where they go through shared memory: ≤ 1e-3 for f16 and ≤ 6e-3 for bf16, each given x and with y rounded to
+// dtype, and weights whose scale is no less than 2^-14 (below, f16 itself has fewer digits; to scales in f16 that is no loss).
 // The same call gives the same bits always: no float atomics.
 // On the CPU sums do not depend on the number of threads, nor on m for one kernel: its result for a token has the same bits in any batch.
 struct QLinear {

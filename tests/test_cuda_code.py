@@ -24,7 +24,7 @@ EXPECTED = {
     "qlinear_gemm_sm80": (r"HMMA\.16816\.F32", r"LDSM\.16\.M88\.4", r"LDGSTS\.E\.BYPASS\.128", r"STS\.128", r"STG\.E\.128"),
     "qlinear_gemm_sm90": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.2D", r"UBLKCP", r"STS\.128", r"STG\.E\.128"),
     "qlinear_int_sm80": (r"LDGSTS\.E\.BYPASS\.128",),  # and the test below
-    "qlinear_int_sm90": (r"IGMMA\.64x(64|128)x32\.S8\.S8", r"UBLKCP", r"LDS\.(64|128)", r"STG\.E\.128"),
+    "qlinear_int_sm90": (r"HMMA\.16816\.F32", r"IGMMA\.64x(64|128)x32\.S8\.S8", r"UBLKCP", r"LDS\.(64|128)", r"STG\.E\.128"),
     "rmsnorm_sm80": (r"LDG\.E\.128", r"STG\.E\.128"),
     "rope_kv_sm80": (r"LDG\.E\.128", r"STG\.E\.128"),
     "rope_kv_codes_sm80": (r"LDS\.128",),
@@ -112,7 +112,7 @@ def test_integers_are_multiplied_by_the_tensor_cores_that_there_are(compiled, ar
         four = "Li4ELi4E" in kernel
         found = {re.match(r"IMMA[\w.]*", line)[0] for line in code if line.startswith("IMMA")}
         assert found == ({"IMMA.16864.S4.S4"} if four and arch == "80" else set() if four else {"IMMA.16832.S8.S8"}), kernel
-        for pattern in (r"LDSM\.16\.M88\.4", r"LDS\.(64|128)", r"STG\.E\.128") if found else ():
+        for pattern in (r"HMMA\.16816\.F32", r"LDSM\.16\.M88\.4", r"LDS\.(64|128)", r"STG\.E\.128") if found else ():
             assert any(re.match(pattern, line) for line in code), (kernel, pattern)
 
 

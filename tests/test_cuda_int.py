@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_cuda_transform import Site
+from test_cuda_transform import Site, to_numpy
 from weights import random_weight
 
 from pyengine.qtensor import unpack_codes
@@ -36,12 +36,15 @@ def case(request, device):
 
 
 class Problem:
-    """y = x_scale · w_scale · (codes of x · codes of w) + bias + residual, on the device and exactly."""
+    """y = x_scale · w_scale · (codes of x · codes of w) + columns + bias + residual, on the device and exactly."""
 
-    def __init__(self, device, n: int, k: int, bits: int, act_bits: int, bias: bool = False, scale_f32: bool = False):
+    def __init__(self, device, n: int, k: int, bits: int, act_bits: int, bias: bool = False, scale_f32: bool = False, columns: int = 0):
         self.device, self.bias = device, torch.randn(n) if bias else None
-        self.w = random_weight(n, k, k, bits, scale_f32=scale_f32)
+        self.w = random_weight(n, k, k, bits, scale_f32=scale_f32, columns=columns)
+        if columns:  # whole numbers and a little, which takes all of f16's 11 bits: f32 sums of them are exact
+            self.w.column_value = (torch.randint(-7, 8, (n, columns)) + 2.0**-7).half()
         op = self.op = device.ops.QLinear()
+        op.columns = columns
         op.n, op.k, op.group, op.bits, op.act_bits, op.scale_f32 = n, k, k, bits, act_bits, scale_f32
         op.weight, op.scale = self.w.weight.data_ptr(), self.w.scale.data_ptr()
         self.packed = [torch.empty(size, dtype=torch.uint8) for size in op.packed_bytes(MMA)[:2]]
@@ -55,16 +58,27 @@ class Problem:
         codes[0] = -top
         return codes, torch.rand(m) * 0.01 + 0.001
 
-    def run(self, kernel: str, codes, scale, dtype: torch.dtype, residual: torch.Tensor | None = None, x: torch.Tensor | None = None) -> torch.Tensor:
-        """codes i8[m, k] and scale f32[m], or x [m, k] for a kernel of 16 bits."""
+    def column_inputs(self, m: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """x [m, k], of which nothing but the columns may be read."""
+        if not self.w.columns:
+            return None
+        x = torch.full((m, self.op.k), torch.nan, dtype=dtype)
+        x[:, self.w.column_index.long()] = torch.randint(-9, 10, (m, self.w.columns)).to(dtype)
+        return x
+
+    def run(
+        self, kernel: str, codes, scale, dtype: torch.dtype, residual: torch.Tensor | None = None, x: torch.Tensor | None = None, act_bits: int = 16
+    ) -> torch.Tensor:
+        """codes i8[m, k] and scale f32[m], with x [m, k] for the columns; or x alone, for `act_bits`."""
         device, n, op = self.device, self.op.n, self.device.ops.QLinear(self.op)
-        op.act_bits = op.act_bits if x is None else 16
-        m = op.m = len(codes if x is None else x)
-        packed = codes if x is not None or op.act_bits == 8 else (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+        op.act_bits = act_bits if codes is None else op.act_bits
+        m = op.m = len(x if codes is None else codes)
+        packed = codes if codes is None or op.act_bits == 8 else (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
         op.dtype, op.x_stride, op.y_stride = DTYPES[dtype], op.k, n + 3
         arrays = {"weight": self.packed[0], "scale": self.packed[1], "x": x, "x_code": packed, "x_scale": scale, "bias": self.bias}
-        for name, values in arrays.items():
-            setattr(op, name, 0 if values is None else device.array(values.contiguous().numpy(), name).ptr)
+        arrays |= {"column_index": self.w.column_index, "column_value": self.w.column_value}
+        for name, t in arrays.items():
+            setattr(op, name, 0 if t is None else device.array(to_numpy(t), name).ptr)
         size = op.workspace_bytes()
         op.workspace = device.array(np.zeros(size, np.uint8), "workspace", read_only=False).ptr if size else 0
         start = torch.full((m, n + 3), 7, dtype=dtype)
@@ -77,9 +91,12 @@ class Problem:
         assert (result[:, n:] == 7).all(), "wrote beyond its columns"
         return result[:, :n]
 
-    def expected(self, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def expected(self, codes, scale, dtype: torch.dtype, residual: torch.Tensor | None = None, x: torch.Tensor | None = None) -> torch.Tensor:
         w = unpack_codes(self.w.weight, self.op.k, self.op.bits).int() - (1 << (self.op.bits - 1))
         y = (codes.long() @ w.long().T).float() * (self.w.scale.float().T * scale[:, None])
+        for first in range(0, self.w.columns, 16):  # as many make a step
+            step = slice(first, first + 16)
+            y = y + x[:, self.w.column_index[step].long()].float() @ self.w.column_value[:, step].float().T
         if self.bias is not None:
             y = y + self.bias
         return (y if residual is None else y + residual.float()).to(dtype)
@@ -101,13 +118,42 @@ def test_every_shape_has_the_very_bits(device, case):
 
 
 def test_every_schedule_is_free_of_races(device, case):
-    """Several blocks share outputs, and then a block's ring of tiles goes round."""
+    """Several blocks share outputs, and then a block's ring of tiles goes round; with columns that fill no step."""
     kernel, bits, act_bits = case
-    for n, k, m in ((130, 1568, TOKENS[kernel][-2]), (20, 960, 33)):
-        problem = Problem(device, n, k, bits, act_bits)
+    for n, k, m, columns in ((130, 1568, TOKENS[kernel][-2], 17), (20, 960, 33, 0)):
+        problem = Problem(device, n, k, bits, act_bits, columns=columns)
         codes, scale = problem.inputs(m)
+        x = problem.column_inputs(m, torch.float16)
         for schedule in device.schedules(seeds=1):
-            assert torch.equal(problem.run(kernel, codes, scale, torch.float16), problem.expected(codes, scale, torch.float16)), schedule
+            y = problem.run(kernel, codes, scale, torch.float16, x=x)
+            assert torch.equal(y, problem.expected(codes, scale, torch.float16, x=x)), schedule
+
+
+def test_columns_are_added_to_the_exact_sums(device, case):
+    kernel, bits, act_bits = case
+    tokens, dtypes = itertools.cycle(TOKENS[kernel]), itertools.cycle(DTYPES)
+    for i, (n, k, columns) in enumerate(((1, 32, 1), (17, 96, 3), (70, 576, 16), (200, 64, 33), (33, 960, 17), (129, 96, 2))):
+        m, dtype = next(tokens), next(dtypes)
+        problem = Problem(device, n, k, bits, act_bits, bias=i % 3 == 0, columns=columns)
+        codes, scale = problem.inputs(m)
+        x, residual = problem.column_inputs(m, dtype), torch.randn(m, n).to(dtype) if i % 2 else None
+        y = problem.run(kernel, codes, scale, dtype, residual, x)
+        assert torch.equal(y, problem.expected(codes, scale, dtype, residual, x)), (n, k, columns, m)
+        device.check()
+
+
+def test_the_oracle_says_the_same(device, case):
+    """Given x alone, of which the kernels and the oracle make the same codes."""
+    kernel, bits, act_bits = case
+    problem, m, dtype = Problem(device, 70, 576, bits, act_bits, columns=5), TOKENS[kernel][-1], torch.float16
+    x, y = torch.randn(m, 576).to(dtype), torch.empty(m, 70)
+    op, wide = device.ops.QLinear(problem.op), x.float()
+    op.m, op.dtype, op.layout, op.x, op.x_stride, op.y, op.y_stride = m, 0, 0, wide.data_ptr(), 576, y.data_ptr(), 70
+    for name in ("weight", "scale", "column_index", "column_value"):
+        setattr(op, name, getattr(problem.w, name).data_ptr())
+    op.run(kernel="qlinear_reference")
+    found = problem.run(kernel, None, None, dtype, x=x, act_bits=act_bits)
+    assert (found.double() - y.double()).norm() <= 1e-3 * y.double().norm()
 
 
 def test_few_tokens_of_a_w4a4_checkpoint_run_on_the_kernel_for_16_bits(device):
@@ -129,8 +175,8 @@ def test_few_tokens_of_a_w4a4_checkpoint_run_on_the_kernel_for_16_bits(device):
     ({"act_bits": 16}, "activations of 8 or 4 bits"),
     ({"group": 64}, "one scale a row"),
     ({"zero": 16}, "symmetric weights"),
-    ({"outlier_row": 16}, "no FP16 outliers"),
-    ({"columns": 1}, "nor columns"),
+    ({"outlier_row": 16}, "no single FP16 outliers"),
+    ({"columns": 1}, "takes x for the columns"),
     ({"k": 584, "group": 584}, "no multiple of 16"),
     ({"x_code": 0}, "x_code and x_scale together"),
     ({"x_code": 0, "x_scale": 0, "x": 8}, "rows of x are not 16-byte aligned"),

@@ -172,9 +172,9 @@ def test_activations_are_quantized_to_integers_on_the_way(emulated, dtype):
     for bits, n, k, act_bits, clip in cases:
         w, clip = random_weight(n, k, k, bits, bias=bits == 4), clip and torch.tensor(clip)
         layer = Linear(w, act_bits, act_clip=clip).to(f"cuda:{emulated.index}")
-        wide = torch.randn(37, k + 5).to(dtype)
+        wide = torch.randn(37, k + 16).to(dtype)
         wide[0] = 0
-        x, on_gpu = wide[:, 3 : k + 3], placed(wide, emulated)[:, 3 : k + 3]
+        x, on_gpu = wide[:, 8 : k + 8], placed(wide, emulated)[:, 8 : k + 8]  # rows as kernels take them
         expected = integers(x, w, act_bits, clip)
         for begin, end in ((0, 37), (3, 4), (30, 37)):
             assert torch.equal(layer(on_gpu[begin:end]).to("cpu"), expected[begin:end]), (n, k, begin, end)
@@ -182,6 +182,16 @@ def test_activations_are_quantized_to_integers_on_the_way(emulated, dtype):
         assert torch.equal(torch_ops._run(on_gpu, *torch_ops.arguments(layer)).to("cpu"), expected)
         assert same(layer.quantized(), w)
         emulated.device.check()
+
+
+@pytest.mark.parametrize("act_bits", (16, 8))
+def test_whole_columns_come_along(emulated, act_bits):
+    w = random_weight(70, 576, 576, 8, columns=5)
+    x = torch.randn(20, 576).half()
+    layer = Linear(w, act_bits).to(f"cuda:{emulated.index}")
+    expected = x.double() @ w.dequantize().double().T
+    error = (layer(placed(x, emulated)).to("cpu").double() - expected).norm()
+    assert error <= (1e-3 if act_bits == 16 else 2e-2) * expected.norm() and same(layer.quantized(), w)
 
 
 def test_what_is_not_finite_stays_visible(emulated):

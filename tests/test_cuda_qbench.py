@@ -24,7 +24,8 @@ ctypes.CDLL(None).fflush(None)
 sys.stderr.write(library.emu_reports().decode())
 sys.exit(code)
 """
-KERNELS = {80: {"qlinear_decode_sm80", "qlinear_gemm_sm80"}, 90: {"qlinear_decode_sm80", "qlinear_gemm_sm80", "qlinear_gemm_sm90"}}
+KERNELS = {80: {"qlinear_decode_sm80", "qlinear_gemm_sm80", "qlinear_int_sm80"}}
+KERNELS[90] = KERNELS[80] | {"qlinear_gemm_sm90", "qlinear_int_sm90"}
 
 
 def qbench(arch: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -45,7 +46,8 @@ def emulator_works():
 def test_linears_pass_their_check(arch):
     seen = set()
     plain = ["--bits", "8", "--group", "0", "--dtype", "bf16", "--outliers", "0"]
-    for shape, more in (("3,72,128", ["--group", "64", "--outliers", "0.1"]), ("18,70,96", plain)):
+    columns, integers = ["--columns", "0.05"], ["--bits", "4", "--act-bits", "8"]
+    for shape, more in (("3,72,128", ["--group", "64", "--outliers", "0.1", *columns]), ("18,70,96", plain), ("18,70,96", plain + columns + integers)):
         done = qbench(arch, "--device", "cuda", "--op", "qlinear", "--shape", shape, *more, "--cold", "0", "--check", "--json")
         assert done.returncode == 0 and not done.stderr, done.stderr
         result = json.loads(done.stdout)

@@ -65,12 +65,14 @@ class Problem:
             self.packed |= dict(zip(("outlier_offset", "outlier_entry"), lists))
         if w.bias is not None:
             self.packed["bias"] = w.bias.float()
-        op.layout = MMA
+        if w.columns:
+            self.packed |= {"column_index": w.column_index, "column_value": w.column_value}
+        op.layout, op.columns = MMA, w.columns
 
     def place(self, m: int) -> None:
         """Puts everything on the device anew, for m tokens: a change of schedule has emptied it."""
         self.op.m = m
-        for name in ("weight", "scale", "zero", "outlier_offset", "outlier_entry", "bias"):
+        for name in ("weight", "scale", "zero", "outlier_offset", "outlier_entry", "bias", "column_index", "column_value"):
             t = self.packed.get(name)
             setattr(self.op, name, 0 if t is None or not t.numel() else self.device.array(t.numpy(), name).ptr)
         size = self.op.workspace_bytes()
@@ -124,6 +126,25 @@ def test_shapes_masks_and_tokens(device, kernel, bits, dtype):
         device.check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_kernel()
+def test_whole_columns(device, kernel, dtype):
+    """Beside outliers, with steps of 16 that they do not fill and more than a block takes alone; and exactly, where nothing else is there."""
+    for case, (n, k, group, columns, mask) in enumerate(((17, 64, 64, 1, "none"), (70, 1536, 128, 40, "sparse"), (129, 96, 32, 16, "full_row"))):
+        for m in KERNELS[kernel][case % 2 :: 3]:
+            w = random_weight(n, k, group, 4 + case % 2 * 4, case % 2 == 1, mask, bias=case == 1, columns=columns)
+            problem, x = Problem(device, w), torch.randn(m, k).to(dtype)
+            problem.place(m)
+            assert error(problem.run(kernel, x), problem.expected(x)) <= BOUND[dtype], (n, k, columns, m)
+        w = random_weight(n, k, group, columns=columns)
+        w.scale, w.column_value = torch.zeros_like(w.scale), (torch.randint(-3, 4, (n, columns)) + 2.0**-7).half()  # 11 bits, more than bf16 has
+        problem, x = Problem(device, w), torch.zeros(m, k)
+        x[:, w.column_index.long()] = torch.randint(-3, 4, (m, columns)).float()
+        problem.place(m)
+        assert torch.equal(problem.run(kernel, x.to(dtype)), problem.expected(x).to(dtype))
+        device.check()
+
+
 @pytest.mark.parametrize("bits", (4, 8))
 @pytest.mark.parametrize("kernel, tokens", (("qlinear_decode_sm80", (8, 16)), ("qlinear_gemm_sm80", (64, 130))))
 def test_99_kib_of_shared_memory_are_enough(kernel, tokens, bits):
@@ -154,8 +175,9 @@ def test_every_schedule_gives_the_same_bits(device, kernel):
 
 @each_kernel()
 def test_every_schedule_is_free_of_races(device, kernel):
-    for bits, (n, k, group), scale_f32 in ((4, (100, 576, 64), False), (8, (70, 1024 + 32, 32), True)):
-        problem, m = Problem(device, random_weight(n, k, group, bits, True, "sparse", bias=True, scale_f32=scale_f32)), KERNELS[kernel][-1]
+    for bits, (n, k, group), scale_f32, columns in ((4, (100, 576, 64), False, 0), (8, (70, 1024 + 32, 32), True, 20)):
+        w = random_weight(n, k, group, bits, True, "sparse", bias=True, scale_f32=scale_f32, columns=columns)
+        problem, m = Problem(device, w), KERNELS[kernel][-1]
         x = torch.randn(m, k).bfloat16()
         for schedule in device.schedules(seeds=3):
             problem.place(m)

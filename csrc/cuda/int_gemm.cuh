@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/layout_mma.cuh"
+#include "cuda/columns.cuh"
 #include "cuda/make_weights.cuh"
 #include "dispatch.h"
 
@@ -20,10 +21,11 @@ inline const char* refuses_int(const QLinear& op) {
   if (op.gated) return "gates no result: silu_mul does";
   if (op.group != op.k) return "takes one scale a row";
   if (op.zero) return "takes symmetric weights";
-  if (op.outlier_row || op.outlier_entry || op.columns) return "multiplies no FP16 outliers nor columns by integers";
+  if (op.outlier_row || op.outlier_entry) return "multiplies no single FP16 outliers by integers, but whole columns";
   if (op.k % (128 / op.act_bits)) return op.act_bits == 8 ? "k is no multiple of 16" : "k is no multiple of 32";
   if (op.k >= 131072) return "k is 131072 or more, too many products for a sum of 32 bits";
   if (!op.x_code != !op.x_scale) return "takes x_code and x_scale together";
+  if (op.m > 0 && op.columns && !op.x) return "takes x for the columns";
   if (!op.x_code && (!aligned16(op.x) || op.x_stride % 8)) return "rows of x are not 16-byte aligned";
   if (!aligned16(op.x_code)) return "x_code is not 16-byte aligned";
   return nullptr;
@@ -124,8 +126,8 @@ __device__ __forceinline__ void put_sums(const int* sum, float* out, int token, 
   for (int i = 0; i < 4; ++i) out[(token + i % 2) * kIntRow + output + i / 2 * 8] = __int_as_float(sum[i]);
 }
 
-// y of the block's tile, by all its threads, a multiple of its outputs: sums times their scales, then as store_tile() says. times: what the
-// codes have been multiplied by.
+// y of the block's tile, by all its threads, a multiple of its outputs: sums times their scales, and the columns, then as store_tile() says.
+// times: what the codes have been multiplied by.
 __device__ __forceinline__ void store_sums(const QLinear& op, float* out, int tokens, int times) {
   const int64_t token0 = int64_t(blockIdx.y) * tokens, output0 = int64_t(blockIdx.x) * mma::kGemmOutputs;
   const int output = threadIdx.x % mma::kGemmOutputs;
@@ -135,11 +137,10 @@ __device__ __forceinline__ void store_sums(const QLinear& op, float* out, int to
     const int at = token * kIntRow + output;
     out[at] = float(__float_as_int(out[at])) * (row * (token0 + token < op.m ? op.x_scale[token0 + token] : 0.0f));
   }
-  __syncthreads();
   if (op.dtype == Dtype::f16)
-    store_tile<__half>(op, out, kIntRow, token0, tokens, output0, mma::kGemmOutputs);
+    finish_tile<__half>(op, out, kIntRow, token0, tokens, output0);
   else
-    store_tile<__nv_bfloat16>(op, out, kIntRow, token0, tokens, output0, mma::kGemmOutputs);
+    finish_tile<__nv_bfloat16>(op, out, kIntRow, token0, tokens, output0);
 }
 
 }  // namespace pe

@@ -11,7 +11,6 @@ namespace pe {
 inline const char* refuses_mma(const QLinear& op) {
   if (op.gated) return "gates no result: silu_mul does";
   if (op.act_bits != 16) return "takes activations of 16 bits";
-  if (op.columns) return "takes outliers, no whole columns";
   if (op.bits != 4 && op.bits != 8) return "takes codes of 4 or 8 bits";
   if (op.group != 32 && op.group != 64 && op.group != 128 && op.group != op.k) return "takes groups of 32, 64, 128 or a whole row";
   if (!aligned16(op.x) || op.x_stride % 8) return "rows of x are not 16-byte aligned";

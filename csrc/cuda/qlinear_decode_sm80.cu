@@ -1,4 +1,4 @@
-// Quantized linear for 1 to 16 tokens: INT4 or INT8 weights of layout mma, f16 or bf16 activations, FP16 outliers.
+// Quantized linear for 1 to 16 tokens: INT4 or INT8 weights of layout mma, f16 or bf16 activations, FP16 outliers and columns.
 //
 // At this size the weights' way from memory is all that counts. A block has 64 outputs and a part of the inputs. Its first four warps
 // take the tiles of 64 inputs in turn: each copies them to its own ring in shared memory, several ahead, turns the codes into integers
@@ -7,11 +7,11 @@
 //
 // The other two warps do the outliers meanwhile. Sixteen entries of 16 outputs are one tensor-core instruction: column j of its row
 // operand is entry j's value in the entry's row, row j of the other operand is x at the entry's input. So rows of any skew cost what
-// their entries cost, nothing is added atomically, and products are exact: a bf16 kernel splits a value into two bf16 parts.
+// their entries cost, nothing is added atomically, and products are exact: a bf16 kernel splits a value into two bf16 parts. Whole columns
+// are the same with values in all rows; the blocks that share outputs take their steps of 16 in turn.
 //
 // At the end the warps' sums are added in a fixed order; so are those of the blocks that share outputs, by the last of them to come.
-#include <type_traits>
-
+#include "cuda/columns.cuh"
 #include "cuda/dequant.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/layout_mma.cuh"
@@ -189,18 +189,6 @@ struct TileWarp {
   }
 };
 
-// Part p of two FP16 outliers in the activations' type: f16 has one; of bf16, with its 8 bits, two together hold all 11.
-template <class T>
-constexpr int kParts = std::is_same_v<T, __half> ? 1 : 2;
-template <class T>
-__device__ uint32_t value_part(uint32_t two_halves, int p) {
-  if constexpr (kParts<T> == 1) return two_halves;
-  const float2 value = __half22float2(pair_of<__half2>(two_halves));
-  const __nv_bfloat162 high = __float22bfloat162_rn(value);
-  const float2 rest = __bfloat1622float2(high);
-  return bits_of(p == 0 ? high : __float22bfloat162_rn({value.x - rest.x, value.y - rest.y}));
-}
-
 template <class T, int W>
 struct OutlierWarp {
   const Part& part;
@@ -248,8 +236,23 @@ struct OutlierWarp {
     }
   }
 
+  // The 16 columns from `column` on.
+  __device__ void add_step(int band, int64_t column, float (&sum)[W][4]) const {
+    uint32_t a[kParts<T>][4], b[W][2] = {};
+    column_values<T>(op, int64_t(blockIdx.x) * mma::kTile + band * mma::kBand, column, a);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = column + i / 2 * 8 + part.t * 2 + i % 2;
+      if (at >= op.columns) continue;
+      const int input = op.column_index[at];
+      for (int w = 0; w < W; ++w) b[w][i / 2] |= uint32_t(reinterpret_cast<const uint16_t*>(token_row<T>(part, w))[input]) << (i % 2 * 16);
+    }
+    for (int p = 0; p < kParts<T>; ++p)
+      for (int w = 0; w < W; ++w) ptx::mma(T(), sum[w], a[p], b[w][0], b[w][1]);
+  }
+
   __device__ void run(int warp, Sums<W>& out) const {
-    for (int band = 0; band < kBands; ++band) {  // on their way to L2 before x is there
+    const int bands = op.outlier_entry ? kBands : 0;  // that have outliers
+    for (int band = 0; band < bands; ++band) {  // on their way to L2 before x is there
       const Range all = range(band, part.begin, part.end);
       for (uint32_t at = all.from + part.lane * 32; at < all.to; at += 32 * 32) ptx::prefetch(op.outlier_entry + at);
     }
@@ -257,7 +260,7 @@ struct OutlierWarp {
     for (int band = 0; band < kBands; ++band) {
       float sum[W][4] = {};
       constexpr int kSpanTiles = mma::kSpan / mma::kTile;
-      for (int tile = part.begin, next; tile < part.end; tile = next) {
+      for (int tile = part.begin, next; band < bands && tile < part.end; tile = next) {
         next = min(part.end, (tile / kSpanTiles + 1) * kSpanTiles);
         const Range entries = range(band, tile, next);
         const uint16_t* x[W];
@@ -271,6 +274,9 @@ struct OutlierWarp {
         for (; at + 16 <= entries.to; at += kOutlierWarps * 16) add<true>(at, entries, x, sum);
         if (at < entries.to) add<false>(at, entries, x, sum);
       }
+#pragma unroll 1
+      for (int64_t step = blockIdx.y * kOutlierWarps + warp; step * kColumnStep < op.columns; step += gridDim.y * kOutlierWarps)
+        add_step(band, step * kColumnStep, sum);
       for (int w = 0; w < W; ++w) out[band][w][part.lane] = {sum[w][0], sum[w][1], sum[w][2], sum[w][3]};
     }
   }
@@ -339,7 +345,7 @@ void start(const QLinear& op, void* stream) {
   const mma::Split split = mma::decode_split(op, W * 8);
   const dim3 grid(unsigned(mma::blocks_of(op.n, mma::kTile)), unsigned(split.count));
   const Shares shares = shares_of(op, split);
-  const int warps = kTileWarps + (op.outlier_entry ? kOutlierWarps : 0);
+  const int warps = kTileWarps + (op.outlier_entry || op.columns ? kOutlierWarps : 0);
   launch(qlinear_decode_kernel<T, bits, W>, grid, dim3(warps * 32), sizeof(Shared<bits, W>), stream, op, shares);
 }
 

@@ -1,4 +1,5 @@
-// Quantized linear for any number of tokens: INT4 or INT8 weights of layout mma, f16 or bf16 activations, FP16 outliers.
+// Quantized linear for any number of tokens: INT4 or INT8 weights of layout mma, f16 or bf16 activations, FP16 outliers and
+// columns.
 //
 // A block has 128 outputs and 32, 64 or 128 tokens. For each tile of 64 inputs every warp turns the codes of 16 outputs into weights in
 // shared memory, scale and all, and writes its outliers over them, so that they cost nothing in the product. Meanwhile the tile before
@@ -8,6 +9,7 @@
 // Rows of 128 bytes in shared memory are swizzled, so that 8 rows' pieces of one column lie in different banks.
 #include <algorithm>
 
+#include "cuda/columns.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/layout_mma.cuh"
 #include "cuda/make_weights.cuh"
@@ -31,7 +33,7 @@ struct alignas(16) Shared {
 
 template <int bits, int M>
 constexpr size_t shared_bytes() {
-  return std::max(sizeof(Shared<bits, M>), size_t(M * kOutRow * 4));
+  return std::max(sizeof(Shared<bits, M>), out_bytes(M, kOutRow));
 }
 
 // The warp's codes of a tile, in the order of the tiles. A pointer that moves with them stays in a register; one computed from the tile
@@ -136,8 +138,7 @@ struct Multiplier {
           const int row = token0 + i * 16 + high * 8 + lane / 4, column = output0 + j * 8 + lane % 4 * 2;
           *reinterpret_cast<float2*>(out + row * kOutRow + column) = {sum[i][j][high * 2], sum[i][j][high * 2 + 1]};
         }
-    __syncthreads();
-    store_tile<T>(op, out, kOutRow, int64_t(blockIdx.y) * M, M, int64_t(blockIdx.x) * kOutputs, kOutputs);
+    finish_tile<T>(op, out, kOutRow, int64_t(blockIdx.y) * M, M, int64_t(blockIdx.x) * kOutputs);
   }
 };
 

@@ -1,4 +1,5 @@
-// Quantized linear for more than 16 tokens on Hopper: INT4 or INT8 weights of layout mma, f16 or bf16 activations, FP16 outliers.
+// Quantized linear for more than 16 tokens on Hopper: INT4 or INT8 weights of layout mma, f16 or bf16 activations, FP16 outliers
+// and columns.
 //
 // A block has 128 outputs and 64 or 128 tokens, and two kinds of warps, which meet at barriers in shared memory, tile of 64 inputs by tile:
 // eight warps turn codes into weights in shared memory, with the outliers written over them, and one of their threads has the copy engine
@@ -7,6 +8,7 @@
 // instead of 128, since registers belong to quarters of the processor: too few for 64 sums and their addresses.
 #include <algorithm>
 
+#include "cuda/columns.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/make_weights.cuh"
 #include "cuda/ptx.cuh"
@@ -31,7 +33,7 @@ struct alignas(1024) Shared {  // 1024: the swizzle of operand() counts rows fro
 
 template <int bits, int G>
 constexpr size_t shared_bytes() {
-  return std::max(sizeof(Shared<bits, G>), size_t(64 * G * kOutRow * 4));
+  return std::max(sizeof(Shared<bits, G>), out_bytes(64 * G, kOutRow));
 }
 
 template <int G>
@@ -163,8 +165,7 @@ qlinear_gemm_kernel(const __grid_constant__ QLinear op, const __grid_constant__ 
   if (warp < 4 * G)
     for (int i = 0; i < 32; ++i)
       *reinterpret_cast<float2*>(out + (warp * 16 + i % 2 * 8 + lane / 4) * kOutRow + i / 2 * 8 + lane % 4 * 2) = {sum[2 * i], sum[2 * i + 1]};
-  __syncthreads();
-  store_tile<T>(op, out, kOutRow, int64_t(blockIdx.y) * 64 * G, 64 * G, int64_t(blockIdx.x) * kOutputs, kOutputs);
+  finish_tile<T>(op, out, kOutRow, int64_t(blockIdx.y) * 64 * G, 64 * G, int64_t(blockIdx.x) * kOutputs);
 }
 
 // x as the copy engine sees it: boxes of `tokens` rows of 64 inputs.

@@ -31,7 +31,7 @@ struct alignas(16) Shared {
 
 template <int bits, int act, int M>
 constexpr size_t shared_bytes() {
-  return std::max(sizeof(Shared<bits, act, M>), size_t(M * kIntRow * 4));
+  return std::max(sizeof(Shared<bits, act, M>), out_bytes(M, kIntRow));
 }
 
 template <int bits, int act, int M>

@@ -29,7 +29,7 @@ struct alignas(1024) Shared {  // 1024: the swizzle of operand() counts rows fro
 
 template <int bits, int M>
 constexpr size_t shared_bytes() {
-  return std::max(sizeof(Shared<bits, M>), size_t(M * kIntRow * 4));
+  return std::max(sizeof(Shared<bits, M>), out_bytes(M, kIntRow));
 }
 
 // Stage and phase of a block's i-th pair of tiles.
