@@ -29,6 +29,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return room[start : start + size].view(dtype).view(*shape)
 
 
+def together(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Uninitialized f32 tensors in one allocation: each alone may be too small for large pages."""
+    sizes = [(math.prod(shape) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT for shape in shapes]
+    return [part[: math.prod(shape)].view(shape) for part, shape in zip(empty(sum(sizes)).split(sizes), shapes)]
+
+
 def packed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialized tensor that lies beside the last one: small weights of one model share their pages."""
     global _chunk

@@ -65,10 +65,15 @@ class SiteInput:
 
 
 class Room:
-    """Buffers of what a site makes of up to m rows of up to k values."""
+    """Where a site puts what it makes of up to m rows of up to k values, in room f32[size(m, k)]."""
 
-    def __init__(self, m: int, k: int):
-        self._float, self._code, self._scale = memory.empty(m * k), memory.empty(m * k, dtype=torch.uint8), torch.empty(m)
+    def __init__(self, room: Tensor, m: int, k: int):
+        self._float, code, self._scale = room.split((m * k, (m * k + 3) // 4, m))
+        self._code = code.view(torch.uint8)
+
+    @staticmethod
+    def size(m: int, k: int) -> int:
+        return m * k + (m * k + 3) // 4 + m
 
     def floats(self, m: int, k: int) -> Tensor:
         return self._float[: m * k].view(m, k)

@@ -89,6 +89,9 @@ inline simde__m512 cvtepi32_ps(simde__m512i v) {
 inline simde__m512i cvtepu16_epi32(__m256i v) {
   return by_halves<simde__m512i, __m128i>(v, [](__m128i h) { return _mm256_cvtepu16_epi32(h); });
 }
+inline simde__m512i cvtepu8_epi16(__m256i v) {
+  return copy_bits<simde__m512i>(Halves<__m256i>{{_mm256_cvtepu8_epi16(_mm256_castsi256_si128(v)), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(v, 1))}});
+}
 inline simde__m512i cvtepi8_epi32(__m128i v) {
   return copy_bits<simde__m512i>(Halves<__m256i>{{_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))}});
 }
@@ -231,6 +234,7 @@ inline thread_local Tiles tile;
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepu8_epi16 emulated::cvtepu8_epi16
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8

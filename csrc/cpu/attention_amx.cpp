@@ -54,6 +54,7 @@ struct AttentionTiles : AttentionTask<V, T> {
       }
       V::transpose(pair);
       for (int64_t p = 0; p < 16; ++p) _mm512_store_ps(s.query[block][c / 32] + p * 32, pair[p]);
+      Amx::stay_awake<2, 3, 7>();
     }
     V::store(s.top[block], V::set(kNever)), V::store(s.sum[block], V::zero());
     for (int64_t c = 0; c < elements(); ++c) V::store(s.out[block][c], V::zero());
@@ -74,6 +75,7 @@ struct AttentionTiles : AttentionTask<V, T> {
       for (int64_t c = 0; c < d; c += 32) {
         const __m512i row = t < count ? Amx::round(number(from.keys, begin + t, c), number(from.keys, begin + t, c + 16)) : V::zero_int();
         _mm512_store_si512(s.key[t / 16][c / 32] + t % 16 * 32, row);
+        if (t % 32 == 0) Amx::stay_awake<2, 3, 7>();
       }
     for (int64_t t = 0; t < count; t += 32)
       for (int64_t c = 0; c < d; c += 16) {
@@ -85,6 +87,7 @@ struct AttentionTiles : AttentionTask<V, T> {
         }
         V::transpose(pair);
         for (int64_t e = 0; e < 16; ++e) _mm512_store_ps(s.value[t / 32][c / 16] + e * 32, pair[e]);
+        Amx::stay_awake<2, 3, 7>();
       }
   }
 
@@ -118,6 +121,7 @@ struct AttentionTiles : AttentionTask<V, T> {
       return masked && t < count ? V::where_reaches(limit, V::set(float(begin + t)), p, V::zero()) : p;
     };
     for (int64_t t = 0; t < (count + 31) / 32 * 32; t += 2) {
+      if (t % 32 == 0) Amx::stay_awake<2, 3, 7>();
       const F low = weight(t), high = weight(t + 1);
       sum[0] = V::add(sum[0], low), sum[1] = V::add(sum[1], high);
       _mm512_store_si512(s.weight[t / 32] + t % 32 / 2 * 32, Amx::pairs(low, high));
@@ -146,6 +150,7 @@ struct AttentionTiles : AttentionTask<V, T> {
       for (int64_t e = 0; e < 16; ++e) value[e] = V::mul(V::load(s.out[block][c + e]), inverse);
       V::transpose(value);
       for (int64_t j = 0; j < 16 && start + j < queries; ++j) V::store(y_of(start + j) + c, value[j]);
+      Amx::stay_awake<2, 3, 7>();
     }
   }
 

@@ -67,28 +67,50 @@ struct Range {
 template <class V, int planes>
 struct Quantizer {
   using F = typename V::F;
+  using I = typename V::I;
 
   float scale, inverse, most;
+  bool fits;  // into an int: what can be packed with saturation
 
-  Quantizer() = default;
   Quantizer(const Range<V>& range, int bits, const float* clip) : most(planes == 1 ? float((1 << (bits - 1)) - 1) : 256.0f * 127.0f + 127.0f) {
     const float above = range.high * (clip ? clip[0] : 1.0f), below = range.low * (clip ? clip[1] : 1.0f);
     scale = (above > below ? above : below) / most + range.broken, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    fits = (range.high > range.low ? range.high : range.low) * inverse < 1e9f && range.broken == 0;
   }
 
   // In this order NaN, the second operand, gets through: as an int, to which all is rounded here, it is −2^31, whose low bytes are 0.
-  typename V::I codes(F x) const {
+  I codes(F x) const {
     const F v = V::mul(x, V::set(inverse));
     return V::to_int(V::max(V::set(planes == 1 ? -most - 1.0f : -most), V::min(V::set(most), v)));
   }
 
+  // Those of four vectors that fit, a byte each.
+  I bytes(const float* x) const {
+    auto code = [&](int j) { return V::to_int(V::mul(V::load(x + j * V::lanes), V::set(inverse))); };
+    const I all = V::pack(code(0), code(1), code(2), code(3));
+    return most == 7.0f ? V::clamp_bytes(all, -8, 7) : all;
+  }
+  int64_t packable(int64_t n) const { return planes == 1 && fits ? n / (4 * V::lanes) * (4 * V::lanes) : 0; }
+
   // Those of n of the inputs.
   void write(const float* x, int64_t n, int8_t* const (&code)[planes]) const {
-    for (int64_t c = 0; c < n; c += V::lanes) {
+    int64_t c = 0;
+    for (const int64_t end = packable(n); c < end; c += 4 * V::lanes) V::store_int(code[0] + c, bytes(x + c));
+    for (; c < n; c += V::lanes) {
       const int count = int(n - c < V::lanes ? n - c : V::lanes);
       const auto i = codes(V::load(x + c, count));
       store_codes<V>(code[0] + c, planes == 1 ? i : V::high_byte(i), count);
       if constexpr (planes == 2) store_codes<V>(code[1] + c, i, count);
+    }
+  }
+
+  // The same of 4 bits, two a byte with the even one in the low nibble; n is even.
+  void write_pairs(const float* x, int64_t n, uint8_t* to) const {
+    int64_t c = 0;
+    for (const int64_t end = packable(n); c < end; c += 4 * V::lanes) V::store_half_bytes(to + c / 2, bytes(x + c));
+    for (; c < n; c += V::lanes) {
+      const int count = int(n - c < V::lanes ? n - c : V::lanes);
+      store_nibbles<V>(to + c / 2, codes(V::load(x + c, count)), count);
     }
   }
 };
@@ -106,10 +128,7 @@ template <class V>
 float write_codes(const float* x, int64_t n, int bits, const float* clip, void* to) {
   if (bits == 8) return quantize_group<V, 1>(x, n, {static_cast<int8_t*>(to)}, 8, clip);
   const Quantizer<V, 1> quantizer(Range<V>(x, n), bits, clip);
-  for (int64_t c = 0; c < n; c += V::lanes) {
-    const int count = int(n - c < V::lanes ? n - c : V::lanes);
-    store_nibbles<V>(static_cast<uint8_t*>(to) + c / 2, quantizer.codes(V::load(x + c, count)), count);
-  }
+  quantizer.write_pairs(x, n, static_cast<uint8_t*>(to));
   return quantizer.scale;
 }
 

@@ -21,6 +21,7 @@ constexpr int64_t kTileBytes = 16 * kInputs;
 constexpr int64_t kTokenTiles = kMatrixChunk / Amx::rows;
 constexpr int64_t kTogether = 2 * Amx::rows;     // tokens
 constexpr int64_t kSlab = 384;                   // tiles of weights, 1 KiB each: a fifth of L2
+constexpr int64_t kPart = 12;                    // tiles of inputs: of two tiles of tokens they fill half of L1
 
 // Inputs begin … end of a group, whose weights begin `at` tiles into a row of the slab.
 struct Part {
@@ -35,12 +36,15 @@ struct Int8Slab {
   int64_t begin, end;  // tiles of outputs
   int64_t width;       // tiles of inputs of each
   alignas(64) int8_t w[kSlab][kTileBytes];
-  // Of two tiles of outputs, or one of gates and one of what they gate. Where a slab holds but a part of the inputs it has no more outputs
-  // than these, and all tokens' sums wait; else those of one pair of token tiles, for as long as the next pair's products take.
+  // By two tiles of outputs, or one of gates and one of what they gate. Where a slab holds but a part of the inputs it has no more outputs
+  // than these, and all tokens' sums wait; where long rows are taken by parts, the sums of one pair of token tiles with all outputs of the
+  // slab; else those of one pair with one pair of outputs, for as long as the next products take.
   alignas(64) int32_t sum[kTokenTiles][2][Amx::rows][V::lanes];
   alignas(64) float total[kTokenTiles][2][Amx::rows][V::lanes];
   int8_t* tile(int64_t t, int64_t at) { return w[(t - begin) * width + at]; }
 };
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Int8Tiles : QLinearTile<V> {
   int64_t steps;         // tiles of inputs in a row
@@ -49,7 +53,7 @@ struct Int8Tiles : QLinearTile<V> {
   int64_t panel_steps;
 
   Int8Tiles(const QLinear& op, int64_t first, int64_t m)
-      : QLinearTile(op, first, m), steps((op.k + kInputs - 1) / kInputs), gates(op.gated && !op.outlier_band) {
+      : QLinearTile(op, first, m), steps(divide_up(op.k, kInputs)), gates(op.gated && !op.outlier_band) {
     group_steps = groups == 1 ? steps : (op.group + kInputs - 1) / kInputs;
     const int64_t all = group_steps * groups, most = kSlab / 2;
     panel_steps = all < most ? all : group_steps < most ? most / group_steps * group_steps : most;
@@ -63,6 +67,15 @@ struct Int8Tiles : QLinearTile<V> {
   int8_t* token_tile(int64_t t, int64_t step) const { return x_code + (t * steps + step) * kTileBytes; }
   int64_t inputs_of(int64_t step) const { return op.k - step * kInputs < kInputs ? op.k - step * kInputs : kInputs; }
 
+  // kInputs of the codes that the op came with.
+  void copy_tile_row(int64_t i, int64_t begin, int8_t* to) const {
+    const auto* from = static_cast<const uint8_t*>(op.x_code) + ((first + i) * op.k + begin) * op.act_bits / 8;
+    if (op.act_bits == 8) return _mm512_store_si512(to, V::load_int(from));
+    const I pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), middle = _mm512_set1_epi8(8);
+    const I nibbles = _mm512_and_si512(_mm512_or_si512(pair, _mm512_slli_epi16(pair, 4)), _mm512_set1_epi8(15));
+    _mm512_store_si512(to, _mm512_sub_epi8(_mm512_xor_si512(nibbles, middle), middle));
+  }
+
   void prepare_token(int64_t i) const {
     auto row = [&](int64_t step) { return token_tile(i / Amx::rows, step) + i % Amx::rows * kInputs; };
     auto each_step = [&](auto write) {
@@ -70,7 +83,7 @@ struct Int8Tiles : QLinearTile<V> {
     };
     if (inputs_of(steps - 1) < kInputs) _mm512_store_si512(row(steps - 1), V::zero_int());
     if (op.x_code) {
-      each_step([&](int64_t begin, int64_t count, int8_t* to) { copy_codes(i, begin, count, to); });
+      each_step([&](int64_t begin, int64_t count, int8_t* to) { count == kInputs ? copy_tile_row(i, begin, to) : copy_codes(i, begin, count, to); });
       x_scale[i] = op.x_scale[first + i];
     } else {
       const Quantizer<V, 1> quantizer(Range<V>(x_row(i), op.k), op.act_bits, op.act_clip);
@@ -239,7 +252,8 @@ struct Int8Tiles : QLinearTile<V> {
   void each_part(int64_t panel, Body body) const {
     for (int64_t at = 0; at < panel_steps && panel + at < group_steps * groups;) {
       const int64_t g = (panel + at) / group_steps, in_group = (panel + at) % group_steps, origin = g * op.group, end = origin + group_of_block(g);
-      const int64_t left = group_steps - in_group, some = left < panel_steps - at ? left : panel_steps - at;
+      const int64_t left = group_steps - in_group, parts = divide_up(panel_steps, kPart), fit = groups == 1 ? divide_up(panel_steps, parts) : panel_steps;
+      const int64_t room = fit < panel_steps - at ? fit : panel_steps - at, some = left < room ? left : room;
       const int64_t begin = origin + in_group * kInputs, stop = some < left ? begin + some * kInputs : end;
       body(Part{g, begin, stop, at, in_group == 0, stop == end});
       at += some;
@@ -248,28 +262,30 @@ struct Int8Tiles : QLinearTile<V> {
 
   template <int bits>
   void run(Int8Slab& slab) const {
-    const bool whole = panel_steps == group_steps * groups;
+    const bool whole = panel_steps == group_steps * groups, by_parts = whole && groups == 1 && panel_steps > kPart;
     slab.width = panel_steps;
     for (int64_t panel = 0; panel < group_steps * groups; panel += panel_steps) {
       each_part(panel, [&](const Part& part) {
         for (int64_t t = slab.begin; t < slab.end; ++t) widen<bits>(place(t), part, slab.tile(t, part.at));
       });
       Sums waiting;
-      for (int64_t i = 0; i < m; i += kTogether)
-        for (int64_t t = slab.begin; t < slab.end; t += 2)
-          each_part(panel, [&](const Part& part) {
-            Sums sums{t, i, whole ? 0 : i / Amx::rows, part, i, part.last ? i + kTogether < m ? i + kTogether : m : i};
-            const int64_t share = (kTogether + part.steps() - 1) / part.steps();
-            const int8_t* w = slab.tile(t, part.at);
-            auto meanwhile = [&] { slab.end - waiting.tile > 1 ? results<bits, 2>(slab, waiting, share) : results<bits, 1>(slab, waiting, share); };
-            if (m - i > Amx::rows)
-              slab.end - t > 1 ? multiply<2, 2>(slab, i / Amx::rows, part, w, sums.at, meanwhile)
-                               : multiply<2, 1>(slab, i / Amx::rows, part, w, sums.at, meanwhile);
-            else
-              slab.end - t > 1 ? multiply<1, 2>(slab, i / Amx::rows, part, w, sums.at, meanwhile)
-                               : multiply<1, 1>(slab, i / Amx::rows, part, w, sums.at, meanwhile);
-            waiting = sums;
-          });
+      auto products = [&](int64_t i, int64_t t, const Part& part) {
+        const int64_t at = by_parts ? t - slab.begin : whole ? 0 : i / Amx::rows, share = divide_up(kTogether, part.steps());
+        const int8_t* w = slab.tile(t, part.at);
+        auto meanwhile = [&] { slab.end - waiting.tile > 1 ? results<bits, 2>(slab, waiting, share) : results<bits, 1>(slab, waiting, share); };
+        if (m - i > Amx::rows)
+          slab.end - t > 1 ? multiply<2, 2>(slab, i / Amx::rows, part, w, at, meanwhile) : multiply<2, 1>(slab, i / Amx::rows, part, w, at, meanwhile);
+        else
+          slab.end - t > 1 ? multiply<1, 2>(slab, i / Amx::rows, part, w, at, meanwhile) : multiply<1, 1>(slab, i / Amx::rows, part, w, at, meanwhile);
+        waiting = {t, i, at, part, i, !part.last ? i : i + kTogether < m ? i + kTogether : m};
+      };
+      for (int64_t i = 0; i < m; i += kTogether) {
+        auto outputs = [&](auto body) {
+          for (int64_t t = slab.begin; t < slab.end; t += 2) body(t);
+        };
+        if (by_parts) each_part(panel, [&](const Part& part) { outputs([&](int64_t t) { products(i, t, part); }); });
+        else outputs([&](int64_t t) { each_part(panel, [&](const Part& part) { products(i, t, part); }); });
+      }
       slab.end - waiting.tile > 1 ? results<bits, 2>(slab, waiting, kTogether) : results<bits, 1>(slab, waiting, kTogether);
     }
   }

@@ -52,7 +52,7 @@ struct RopeTiles {
   void rows(int64_t i, int64_t count) const {
     for (int64_t h = 0; h < op.heads + op.kv_heads; h += kHeads) {
       const int64_t left = op.heads + op.kv_heads - h, some = left < kHeads ? left : kHeads;
-      for (int64_t r = 0; r < count; ++r)
+      for (int64_t r = 0; r < count; ++r, Amx::stay_awake<2, 3, 5>())
         for (int64_t j = 0; j < some; ++j) {
           const RopeRow<V> row{op, i + r};
           row.turn(row.heads() + (h + j) * d, room.turned, nullptr);
@@ -70,7 +70,7 @@ struct RopeTiles {
         }
       }
     }
-    for (int64_t r = 0; r < count; ++r) RopeRow<V>{op, i + r}.write();
+    for (int64_t r = 0; r < count; ++r, Amx::stay_awake<2, 3, 5>()) RopeRow<V>{op, i + r}.write();
   }
 };
 

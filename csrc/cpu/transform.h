@@ -66,6 +66,12 @@ struct SmallProduct {
   }
 };
 
+// The codes of token i, which has become t[n].
+template <class V>
+void write_token(const Transform& op, int64_t i, const float* t) {
+  op.scale[i] = write_codes<V>(t, op.n, op.bits, op.clip, static_cast<uint8_t*>(op.code) + i * op.n * op.bits / 8);
+}
+
 // One token. y, or where codes alone are asked for a buffer, takes the result of `right`, made from a few rows of mat(v) at a time; then in place that of `left`, a few columns at a time.
 template <class V>
 struct TransformRow {
@@ -110,11 +116,6 @@ struct TransformRow {
     }
   }
 
-  // The codes of t[n].
-  void write(const float* t) const {
-    op.scale[i] = write_codes<V>(t, op.n, op.bits, op.clip, static_cast<uint8_t*>(op.code) + i * op.n * op.bits / 8);
-  }
-
   // room[n] takes the result where there is no y for it.
   void run(float* room) const {
     float* y = op.y ? op.y + i * op.y_stride : room;
@@ -122,7 +123,7 @@ struct TransformRow {
     op.right ? times_right(y) : void(t = input(0, op.n, y));
     if (op.left) times_left(t, y);
     else if (t != y && op.y) __builtin_memcpy(y, t, size_t(op.n) * sizeof(float));
-    if (op.code) write(op.left ? y : t);
+    if (op.code) write_token<V>(op, i, op.left ? y : t);
   }
 };
 

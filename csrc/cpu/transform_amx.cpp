@@ -1,9 +1,8 @@
 // Change of basis of many tokens on AMX, in bf16 with f32 sums: v and the factors are rounded once, and what is between the two products.
 //
 // mat(v) is a left operand, row by row as it lies, of v · right; a few tokens together fill its tiles. What comes of it goes, two rows a
-// lane, into a right operand of leftᵀ · (v · right), token by token. Each step is done for all tokens of a group before the next: the core
-// waits for a tile's result as long as for 50 others, and cannot forward stores to the load of a tile. The factors, in their tiles, stay
-// in L1 for all tokens of a task. Sizes that are no whole tiles are padded with zeros, which the tiles of a task hold from the start.
+// lane, into a right operand of leftᵀ · (v · right), token by token. The factors, in their tiles, stay in L1 for all tokens of a task. Sizes
+// that are no whole tiles are padded with zeros, which the tiles of a task hold from the start.
 #include "cpu/amx_operands.h"
 #include "cpu/transform.h"
 
@@ -13,7 +12,7 @@ namespace {
 using V = Avx512;
 
 constexpr int64_t kMost = 128;           // of a factor
-constexpr int64_t kGroupFloats = 4096;   // sums of a group of several tokens: with the operands they fill L1
+constexpr int64_t kGroupFloats = 2048;   // sums of a group of several tokens: with the operands they fill L1
 constexpr int64_t kLeastTokens = 16, kTaskTokens = 64, kTogether = 4;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -135,40 +134,50 @@ struct AmxTransform {
       for (int w = 0; w < W; ++w) put(at + 16 * w, V::load(t + 16 * w), w < W - 1 ? 16 : int(b - 16 * w));
   }
 
-  void write(int64_t i, const float* t) const {
-    float* y = op.y + i * op.y_stride;
-    each_vector(t, [&](int64_t at, V::F v, int count) { count == 16 ? V::store(y + at, v) : V::store(y + at, v, count); });
-  }
+  // ---- a group: tokens begin … end, at most `together`
 
-  void write_codes(int64_t i, const float* t, const Quantizer<V, 1> quantizer) const {
-    op.scale[i] = quantizer.scale;
-    auto* code = static_cast<uint8_t*>(op.code) + i * op.n * op.bits / 8;
-    if (op.bits == 8)
-      return each_vector(t, [&](int64_t at, V::F v, int count) { store_codes<V>(reinterpret_cast<int8_t*>(code) + at, quantizer.codes(v), count); });
-    if (op.b % 2 == 0)
-      return each_vector(t, [&](int64_t at, V::F v, int count) { store_nibbles<V>(code + at / 2, quantizer.codes(v), count); });
-    each_vector(t, [&](int64_t at, V::F v, int count) { V::store(room.v + at, v, count); });
-    TransformRow<V>(op, i).write(room.v);
-  }
+  struct Group {
+    int64_t begin, end;
+    int64_t count() const { return end - begin; }
+  };
 
-  // Tokens i … i + count, at most `together`.
-  void run(int64_t i, int64_t count) const {
+  void load(const Group& g) const {
     float factor[kTogether];
-    const float* t[kTogether];
-    for (int64_t j = 0; j < count && op.right; ++j) factor[j] = factor_of(i + j);
-    for (int64_t j = 0; j < count; ++j) {
-      t[j] = op.left ? room.sum[1] + j * a16 * 16 * stride : room.sum[0] + j * op.a * stride;
-      if (op.right) load_token(i + j, j, factor[j]);
-      else amx_right_operand(TransformRow<V>(op, i + j).input(0, op.n, room.v), op.b, op.a, op.b, between_of(j));
+    for (int64_t j = 0; j < g.count() && op.right; ++j) factor[j] = factor_of(g.begin + j);
+    for (int64_t j = 0; j < g.count(); ++j, Amx::stay_awake<2, 3, 5>()) {
+      if (op.right) load_token(g.begin + j, j, factor[j]);
+      else amx_right_operand(TransformRow<V>(op, g.begin + j).input(0, op.n, room.v), op.b, op.a, op.b, between_of(j));
     }
-    if (op.right) product(divide_up(count * op.a, 16), b32, token, right.tiles, room.sum[0]);
-    for (int64_t j = 0; j < count && op.left && op.right; ++j) load_between(room.sum[0] + j * op.a * stride, between_of(j).tiles);
-    for (int64_t j = 0; j < count && op.left; ++j) product(a16, a32, left, between_of(j).tiles, room.sum[1] + j * a16 * 16 * stride);
-    for (int64_t j = 0; j < count && op.y; ++j) write(i + j, t[j]);
-    if (!op.code) return;
-    Quantizer<V, 1> quantizer[kTogether];  // what lies between the rows of t is zero
-    for (int64_t j = 0; j < count; ++j) quantizer[j] = {Range<V>(t[j], op.a * stride), op.bits, op.clip};
-    for (int64_t j = 0; j < count; ++j) write_codes(i + j, t[j], quantizer[j]);
+  }
+
+  void times_right(const Group& g) const { product(divide_up(g.count() * op.a, 16), b32, token, right.tiles, room.sum[0]); }
+  void turn(const Group& g) const {
+    for (int64_t j = 0; j < g.count(); ++j, Amx::stay_awake<2, 3, 5>()) load_between(room.sum[0] + j * op.a * stride, between_of(j).tiles);
+  }
+  void times_left(const Group& g) const {
+    for (int64_t j = 0; j < g.count(); ++j) product(a16, a32, left, between_of(j).tiles, room.sum[1] + j * a16 * 16 * stride);
+  }
+
+  void finish(const Group& g) const {
+    for (int64_t j = 0; j < g.count(); ++j, Amx::stay_awake<2, 3, 5>()) {
+      const float* t = op.left ? room.sum[1] + j * a16 * 16 * stride : room.sum[0] + j * op.a * stride;
+      if (float* y = op.y ? op.y + (g.begin + j) * op.y_stride : stride == op.b ? nullptr : room.v) {
+        each_vector(t, [&](int64_t at, V::F v, int count) { count == 16 ? V::store(y + at, v) : V::store(y + at, v, count); });
+        t = y;
+      }
+      if (op.code) write_token<V>(op, g.begin + j, t);
+    }
+  }
+
+  void run(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; i += together) {
+      const Group g{i, end - i < together ? end : i + together};
+      load(g);
+      if (op.right) times_right(g);
+      if (op.left && op.right) turn(g);
+      if (op.left) times_left(g);
+      finish(g);
+    }
   }
 };
 
@@ -186,7 +195,7 @@ void transform_tokens(const Transform& op) {
     Room room;
     const AmxTransform<W> task(op, room);
     Amx::begin();
-    for (int64_t i = begin; i < end; i += task.together) task.run(i, end - i < task.together ? end - i : task.together);
+    task.run(begin, end);
     Amx::end();
   });
 }

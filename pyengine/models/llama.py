@@ -232,8 +232,10 @@ class Rows:
 
     def __init__(self, c: Config, m: int, wanted: int):
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.x, self.room = memory.empty(m, c.hidden_size), Room(m, max(c.hidden_size, q, c.intermediate_size))
-        self.qkv, self.a, self.g = memory.empty(m, q + 2 * kv), memory.empty(m, q), memory.empty(m, c.intermediate_size)
+        widest = max(c.hidden_size, q, c.intermediate_size)
+        shapes = (m, c.hidden_size), (m, q + 2 * kv), (m, q), (m, c.intermediate_size), (Room.size(m, widest),)
+        self.x, self.qkv, self.a, self.g, room = memory.together(*shapes)
+        self.room = Room(room, m, widest)
         self.token, self.wanted = torch.empty(m, dtype=torch.int64), torch.empty(wanted, dtype=torch.int64)
         self.slot, self.position = torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.int32)
         self.last = memory.empty(wanted, c.hidden_size)

@@ -110,6 +110,19 @@ struct Avx2 {
     const I both = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 1, 1, 1, 1, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(both));
   }
+  static void store_int(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  // Four vectors as bytes, in their order; what a byte does not hold becomes −128 or 127.
+  static I pack(I a, I b, I c, I d) {
+    const I halves = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(halves, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  static I clamp_bytes(I v, int low, int high) { return _mm256_max_epi8(_mm256_set1_epi8(char(low)), _mm256_min_epi8(_mm256_set1_epi8(char(high)), v)); }
+  // The low four bits of every byte, two bytes in one.
+  static void store_half_bytes(uint8_t* p, I v) {
+    const I pairs = _mm256_maddubs_epi16(_mm256_and_si256(v, _mm256_set1_epi8(15)), _mm256_set1_epi16(0x1001));
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0b1000);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
   // The low four bits of every lane, two lanes a byte.
   static void store_nibbles(uint8_t* p, I v) {
     alignas(8) int8_t bytes[8];

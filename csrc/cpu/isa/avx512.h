@@ -110,6 +110,18 @@ struct Avx512 {
   static I high_byte(I v) { return _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8); }
   // The low byte of every lane.
   static void store_bytes(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static void store_int(void* p, I v) { _mm512_storeu_si512(p, v); }
+  // Four vectors as bytes, in their order; what a byte does not hold becomes −128 or 127.
+  static I pack(I a, I b, I c, I d) {
+    const I quarters = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), quarters);
+  }
+  static I clamp_bytes(I v, int low, int high) { return _mm512_max_epi8(_mm512_set1_epi8(char(low)), _mm512_min_epi8(_mm512_set1_epi8(char(high)), v)); }
+  // The low four bits of every byte, two bytes in one.
+  static void store_half_bytes(uint8_t* p, I v) {
+    const I pairs = _mm512_maddubs_epi16(_mm512_and_si512(v, _mm512_set1_epi8(15)), _mm512_set1_epi16(0x1001));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(pairs));
+  }
   // The low four bits of every lane, two lanes a byte.
   static void store_nibbles(uint8_t* p, I v) {
     const __m128i bytes = _mm_and_si128(_mm512_cvtepi32_epi8(v), _mm_set1_epi8(15));
