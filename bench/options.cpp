@@ -15,17 +15,20 @@ const char* const kHelp = R"(qbench: how fast each kernel of PyEngine's dispatch
 
   --list             the kernels of every op, and what this machine lacks for them
   --device cpu|cuda  whose kernels are timed (default cpu), and listed if it is given
-  --op NAME          qlinear, rmsnorm, silu_mul, rope_kv or attention (default: all)
-  --shape M,N,K      tokens, outputs, inputs of a linear; M,N of rmsnorm and silu_mul; M,HEADS,KV_HEADS,HEAD_DIM of the others
+  --op NAME          qlinear, rmsnorm, silu_mul, transform, rope_kv or attention (default: all)
+  --shape M,N,K      tokens, outputs, inputs of a linear; M,N of rmsnorm and silu_mul; M,A,B of transform, whose factors have A and B rows;
+                     M,HEADS,KV_HEADS,HEAD_DIM of the others
   --model NAME       the layers of llama-3-8b, llama-2-7b, qwen2.5-7b or smollm2-135m (default: smollm2-135m)
   --tokens M,M,...   with --model: tokens at a time (default 1)
   --kernel NAME      only this one, even the reference (default: all but the reference that take the problem)
   --check            compare with the reference before timing; a kernel that is wrong ends the run with exit code 1
   --check-only       the same, and no timing: a single run of each kernel
-  --bits 4|8  --group 32|64|128|0  --act-bits 4|8|16   of the linears (default 4, 128, 16; group 0 is a whole row)
+  --bits 4|8  --group 32|64|128|0  --act-bits 4|8|16   of the linears (default 4, 128, 16; group 0 is a whole row).
+                     A transform makes codes of --act-bits, or numbers with 16
   --outliers SHARE   of their weights in FP16 (default 0.01)
   --mask skewed|uniform   outliers crowd into some rows and columns, as gradients choose them (default), or not
   --columns SHARE    of their inputs in FP16 as whole columns (default 0)
+  --basis            rope_kv on the CPU multiplies q and k by a change of basis as well
   --context N        tokens that a decode step of attention looks back on (default 512)
   --dtype f16|bf16   of the activations on a GPU (default f16)
   --cold MIB         weights and KV cache are copied until they take this much and used in turn, so that they come from memory (default 512; on a GPU
@@ -106,6 +109,7 @@ void check(const Options& o) {
     throw std::runtime_error("--model is '" + o.model + "', known are" + known);
   }
   require(o.model.empty() || o.shape.empty(), "--model and --shape cannot both be given");
+  require(!s.basis || o.device != "cuda", "--basis is for the CPU's rope_kv");
 }
 
 // The largest group with kernels that is no larger than the one asked for and divides k, as pyengine.qtensor.fit_group.
@@ -121,6 +125,21 @@ Spec linear(Spec s, const std::string& label, int64_t n, int64_t k) {
   return s;
 }
 
+Spec factors(Spec s, const std::string& label, int64_t a, int64_t b) {
+  s.label = label, s.n = a * b, s.a = a, s.b = b;
+  return s;
+}
+
+// n inputs by the two factors that are closest to each other, as FlatQuant has them.
+Spec site(const Spec& s, const std::string& label, int64_t n, bool norm) {
+  int64_t a = 1;
+  for (int64_t i = 1; i * i <= n; ++i)
+    if (n % i == 0) a = i;
+  Spec out = factors(s, label, a, n / a);
+  out.norm = norm;
+  return out;
+}
+
 std::vector<Spec> layers(const std::string& op, const Model& c, Spec s) {
   s.heads = c.heads, s.kv_heads = c.kv_heads, s.head_dim = c.head_dim;
   if (op == "qlinear") {
@@ -130,17 +149,27 @@ std::vector<Spec> layers(const std::string& op, const Model& c, Spec s) {
     return {linear(s, "qkv", q + 2 * kv, c.hidden), linear(s, "o", c.hidden, q), linear(s, "gate_up", 2 * c.ffn, c.hidden),
             linear(s, "down", c.hidden, c.ffn), linear(head, "head", c.vocab, c.hidden)};
   }
+  if (op == "transform") {
+    Spec o = factors(s, "o_in", c.heads, c.head_dim);
+    o.left_alone = true;
+    return {site(s, "attn_in", c.hidden, true), o, site(s, "mlp_in", c.hidden, true), site(s, "down_in", c.ffn, false)};
+  }
   s.label = op;
   s.n = op == "silu_mul" ? c.ffn : c.hidden;
   return {s};
 }
 
 Spec shaped(const std::string& op, const std::vector<int64_t>& shape, Spec s) {
-  const size_t wanted = op == "qlinear" ? 3 : op == "rmsnorm" || op == "silu_mul" ? 2 : 4;
+  const size_t wanted = op == "qlinear" || op == "transform" ? 3 : op == "rmsnorm" || op == "silu_mul" ? 2 : 4;
   require(shape.size() == wanted, "--shape has " + std::to_string(shape.size()) + " numbers, " + op + " takes " + std::to_string(wanted));
   require_range("M of --shape", shape[0], 1, kMostTokens);
   for (size_t i = 1; i < shape.size(); ++i) require_range("a number of --shape", shape[i], 1, kMostFeatures);
   s.label = "shape", s.m = shape[0], s.n = shape[1];
+  if (op == "transform") {
+    for (size_t i : {1, 2}) require_range(i == 1 ? "A of --shape" : "B of --shape", shape[i], 1, 256);
+    require(s.act_bits != 4 || shape[1] * shape[2] % 2 == 0, "codes of 4 bits go in pairs, but A times B is odd");
+    return factors(s, "shape", shape[1], shape[2]);
+  }
   if (wanted == 3) {
     s.k = shape[2];
     require(s.k > 1, "K of --shape is 1, expected at least 2");
@@ -183,6 +212,7 @@ Options parse(int argc, char** argv) {
                                                               {"--check", [&] { o.check = true; }},
                                                               {"--check-only", [&] { o.check = o.check_only = true; }},
                                                               {"--json", [&] { o.json = true; }},
+                                                              {"--basis", [&] { o.spec.basis = true; }},
                                                               {"--help", [&] { o.help = true; }}};
   using Text = const std::string&;
   const std::map<std::string, std::function<void(Text, Text)>> values = {

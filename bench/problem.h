@@ -18,6 +18,9 @@ struct Spec {
   std::string label;            // what the layer is, or the shape
   int64_t m = 1, n = 0, k = 0;  // of a linear; n alone of norms and activations
   int64_t heads = 0, kv_heads = 0, head_dim = 0, context = 512;
+  int64_t a = 0, b = 0;  // of a change of basis: its factors, after RMSNorm or not, and with the right one or not
+  bool norm = false, left_alone = false;
+  bool basis = false;    // of rope_kv: q and k change theirs
   int64_t group = 128;
   int bits = 4, act_bits = 16;
   double outliers = 0.01;
@@ -76,7 +79,8 @@ class Problem {
 template <class Op>
 double bound(const pe::Kernel<Op>& kernel, const Op& op) {
   if constexpr (std::is_same_v<Op, pe::RmsNorm> || std::is_same_v<Op, pe::SiluMul>) return 1e-6;
-  if constexpr (std::is_same_v<Op, pe::RopeKV>) return 1e-4;
+  if constexpr (std::is_same_v<Op, pe::RopeKV> || std::is_same_v<Op, pe::Transform>)
+    return kernel.rank >= 4 ? 1e-2 : std::is_same_v<Op, pe::RopeKV> ? 1e-4 : 1e-5;
   if constexpr (std::is_same_v<Op, pe::Attention>) return kernel.rank >= 4 ? 1e-2 : 1e-5;
   if constexpr (requires { op.act_bits; }) {
     if (op.act_bits == 16 && kernel.rank >= 3) return kernel.rank >= 4 ? 5e-3 : 1e-4;

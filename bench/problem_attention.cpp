@@ -112,11 +112,17 @@ Problem<RopeKV>::Problem(const Spec& s) {
     cos[i] = std::cos(angle), sin[i] = std::sin(angle);
   }
   op_.cos = cos, op_.sin = sin;
+  for (auto basis : {&RopeKV::q_transform, &RopeKV::k_transform}) {
+    if (!s.basis) continue;
+    float* random_basis = random_floats(owned_, random, size_t(s.head_dim * s.head_dim));
+    for (int64_t i = 0; i < s.head_dim * s.head_dim; ++i) random_basis[i] /= std::sqrt(float(s.head_dim));
+    op_.*basis = random_basis;
+  }
 }
 
 template <>
 double Problem<RopeKV>::operations() const {
-  return 3.0 * double(op_.m * (op_.heads + op_.kv_heads) * op_.head_dim);
+  return double(op_.m * (op_.heads + op_.kv_heads) * op_.head_dim) * (op_.q_transform ? 3.0 + 2.0 * double(op_.head_dim) : 3.0);
 }
 
 template <>

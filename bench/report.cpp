@@ -41,6 +41,8 @@ void print(const Line& l) {
   if (s.k)
     std::snprintf(shape, sizeof shape, "%lldx%lldx%lld w%da%d g%lld", (long long)s.m, (long long)s.n, (long long)s.k, s.bits, s.act_bits,
                   (long long)s.group);
+  else if (s.a)
+    std::snprintf(shape, sizeof shape, "%lld, %lldx%lld a%d", (long long)s.m, (long long)s.a, (long long)s.b, s.act_bits);
   else if (has_heads(l))
     std::snprintf(shape, sizeof shape, "%lld, %lld/%lld heads of %lld", (long long)s.m, (long long)s.heads, (long long)s.kv_heads,
                   (long long)s.head_dim);
@@ -71,6 +73,8 @@ std::string json(const Line& l) {
   if (s.k) {
     whole("n", s.n), whole("k", s.k), whole("bits", s.bits), whole("act_bits", s.act_bits), whole("group", s.group);
     add("outliers", real(s.outliers)), add("mask", s.skewed ? "\"skewed\"" : "\"uniform\"");
+  } else if (s.a) {
+    whole("a", s.a), whole("b", s.b), whole("act_bits", s.act_bits);
   } else if (has_heads(l)) {
     whole("heads", s.heads), whole("kv_heads", s.kv_heads), whole("head_dim", s.head_dim), whole("context", s.m > 16 ? s.m : s.context);
   } else {

@@ -41,6 +41,13 @@ py::class_<Program> bind_program(py::module_& m) {
         p.run(reinterpret_cast<void*>(stream));
       },
       py::arg("stream") = 0);
+  c.def(
+      "time",
+      [](const Program& p) {
+        std::lock_guard turn(running);
+        return p.time();
+      },
+      py::call_guard<py::gil_scoped_release>());
   return c;
 }
 

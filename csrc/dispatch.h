@@ -1,9 +1,11 @@
 // An op's kernels are the rows of a table. A kernel file ends with one static Row; choose() takes the highest rank that accepts.
 #pragma once
 
+#include <chrono>
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -125,15 +127,31 @@ class Program {
  public:
   template <class Op>
   void add(const Op& op, const std::string& name = {}) {
-    steps_.push_back([op, &kernel = ready(op, name)](void* stream) { start(kernel, op, stream); });
+    const Kernel<Op>& kernel = ready(op, name);
+    steps_.push_back({kernel.name, [op, &kernel](void* stream) { start(kernel, op, stream); }});
   }
 
   void run(void* stream) const {
-    for (const auto& step : steps_) step(stream);
+    for (const Step& step : steps_) step.run(stream);
+  }
+
+  // Runs, and says how many seconds each step took: on the CPU, where a step is done when its call returns.
+  std::vector<std::pair<std::string, double>> time() const {
+    std::vector<std::pair<std::string, double>> all;
+    for (const Step& step : steps_) {
+      const auto start = std::chrono::steady_clock::now();
+      step.run(nullptr);
+      all.emplace_back(step.kernel, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    return all;
   }
 
  private:
-  std::vector<std::function<void(void*)>> steps_;
+  struct Step {
+    const char* kernel;
+    std::function<void(void*)> run;
+  };
+  std::vector<Step> steps_;
 };
 
 }  // namespace pe

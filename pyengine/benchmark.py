@@ -72,11 +72,25 @@ def outside_kernels(step: Callable[[int], None], steps: int) -> float:
     return 1 - inside / total
 
 
+def kernel_shares(step: Callable[[int], None], steps: int) -> dict[str, float]:
+    """The share of each kernel in the time of all of them, over `steps` calls of step(i), the largest first. Empty where no program is recorded."""
+    seconds: dict[str, float] = {}
+
+    def run(program: ops.Program) -> None:
+        for kernel, time in program.time():
+            seconds[kernel] = seconds.get(kernel, 0) + time
+
+    with mock.patch.object(ops.Program, "run", run):
+        for i in range(steps):
+            step(i)
+    return {kernel: s / sum(seconds.values()) for kernel, s in sorted(seconds.items(), key=lambda item: -item[1])}
+
+
 def measure(engine: Engine, prompt: int = 512, decode: int = 128, batch: int = 1, runs: int = 5) -> dict:
     """Medians over `runs` after one that is not counted. Tokens are random: their values do not matter for speed.
 
     Returns prefill_tok_s and decode_tok_s (over the whole batch), gb_per_s (weights and KV cache read while decoding), outside_kernels (the share of
-    decoding), rss_mib (the peak), memory in MiB as it is held in the end (resident, of which bare torch, weights and KV cache; beyond is the rest),
+    decoding), prefill_kernels and decode_kernels (the share of each kernel in the time inside of them), rss_mib (the peak), memory in MiB as it is held in the end (resident, of which bare torch, weights and KV cache; beyond is the rest),
     threads, kernels.
     """
     for name, value in {"prompt": prompt, "decode": decode, "batch": batch, "runs": runs}.items():
@@ -91,13 +105,16 @@ def measure(engine: Engine, prompt: int = 512, decode: int = 128, batch: int = 1
     def decode_step(i: int) -> None:
         engine.model(Batch.of([i % 7] * batch, list(range(batch)), [prompt + i] * batch, cache), cache)
 
-    for run in range(runs + 1):
-        start = time.perf_counter()
+    def fill(_: int = 0) -> None:
         for slot in range(batch):
             for begin in range(0, prompt, CHUNK):
                 part = ids[slot, begin : begin + CHUNK].tolist()
                 positions = list(range(begin, begin + len(part)))
                 engine.model(Batch.of(part, [slot] * len(part), positions, cache, [len(part) - 1]), cache)
+
+    for run in range(runs + 1):
+        start = time.perf_counter()
+        fill()
         middle = time.perf_counter()
         for i in range(decode):
             decode_step(i)
@@ -114,6 +131,8 @@ def measure(engine: Engine, prompt: int = 512, decode: int = 128, batch: int = 1
         "decode_tok_s": batch / seconds,
         "gb_per_s": (weight_bytes(engine) + kv_read) / seconds / 1e9,
         "outside_kernels": outside_kernels(decode_step, decode),
+        "prefill_kernels": kernel_shares(fill, runs),
+        "decode_kernels": kernel_shares(decode_step, decode),
         "rss_mib": peak_rss_mib(),
         "memory_mib": {name: round(mib, 1) for name, mib in held.items()},
         "prompt": prompt,

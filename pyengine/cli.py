@@ -295,6 +295,7 @@ def bench(args: argparse.Namespace) -> int:
     _print(args, result, lambda r: [
         f"prefill {r['prefill_tok_s']:.1f} tokens/s ({r['prompt']} tokens), decode {r['decode_tok_s']:.1f} tokens/s ({r['decode']} tokens, batch {r['batch']}), "
         f"{r['gb_per_s']:.1f} GB/s, {r['rss_mib']:.0f} MiB, {r['threads']} threads, medians of {r['runs']}; {', '.join(r['kernels'])}",
+        *(f"{what}: " + ", ".join(f"{kernel} {share:.1%}" for kernel, share in r[f"{what}_kernels"].items()) for what in ("prefill", "decode")),
         f"{100 * r['outside_kernels']:.1f} % of decoding outside kernels; loaded in {r['load_s']:.2f} s; holds {r['memory_mib']['resident']:.0f} MiB: "
         f"torch {r['memory_mib']['torch']:.0f}, weights {r['memory_mib']['weights']:.0f}, KV cache {r['memory_mib']['kv']:.0f}, other {r['memory_mib']['beyond']:.0f}",
     ])  # fmt: skip

@@ -33,6 +33,10 @@ class Program:
     def run(self) -> None:
         self._native.run()
 
+    def time(self) -> list[tuple[str, float]]:
+        """Run, and tell the kernel of each op and its seconds."""
+        return self._native.time()
+
 
 def gpu(device: torch.device) -> int:
     """The number of a GPU as the native module takes it: −1 stands for none."""

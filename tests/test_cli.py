@@ -77,6 +77,8 @@ def test_eval_inspect_and_bench(run, stories, quantized, data, tmp_path):
     code, out, _ = run("bench", quantized, "--prompt", 20, "--decode", 4, "--runs", 1, "--batch", 2, "--json")
     result = json.loads(out)
     assert code == 0 and result["prefill_tok_s"] > 0 and result["decode_tok_s"] > 0 and result["gb_per_s"] > 0
+    for shares in (result["prefill_kernels"], result["decode_kernels"]):
+        assert sum(shares.values()) == pytest.approx(1) and any(kernel.startswith("attention") for kernel in shares)
     assert 0 < result["outside_kernels"] < 1 and 0 < result["load_s"] < 60
     memory = result["memory_mib"]
     assert memory["resident"] > memory["torch"] > 20 and memory["beyond"] == pytest.approx(

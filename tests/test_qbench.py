@@ -23,7 +23,8 @@ PROBLEMS = {
                 ["--shape", "17,72,256", "--columns", "0.05"]],
     "rmsnorm": [["--shape", "3,577"]],
     "silu_mul": [["--shape", "3,100"]],
-    "rope_kv": [["--shape", "3,6,2,64", "--context", "70"], ["--shape", "40,6,2,64"]],
+    "transform": [["--shape", "3,5,8"], ["--shape", "40,24,24"], ["--shape", "20,9,64"]],
+    "rope_kv": [["--shape", "3,6,2,64", "--context", "70"], ["--shape", "40,6,2,64"], ["--shape", "40,6,2,64", "--basis"]],
     "attention": [["--shape", "3,6,2,64", "--context", "70"], ["--shape", "40,6,2,64"]],
 }
 
@@ -62,7 +63,7 @@ def test_every_row_passes_its_check(op):
     here = [row["name"] for row in TABLE if row["op"] == op and row["missing"] is None and row["device"] == "cpu"]
     seen = set()
     for problem in PROBLEMS[op]:
-        for act_bits in ("8", "16") if op == "qlinear" else ("16",):
+        for act_bits in {"qlinear": ("8", "16"), "transform": ("4", "8", "16")}.get(op, ("16",)):
             done = qbench("--op", op, *problem, "--act-bits", act_bits, "--check", "--cold", "1", "--json")
             assert done.returncode == 0, done.stderr
             for row in json.loads(done.stdout)["rows"]:
@@ -88,6 +89,12 @@ def test_layers_of_a_model_and_the_baselines():
         sparse = 0.04 * n * k + 4 * n if row["bits"] == 4 else 0
         expected = n * k * row["bits"] / 8 + 2 * n * k / row["group"] + sparse + 4 * m * (n + k)
         assert row["gb_s"] * row["us"] * 1e3 == pytest.approx(expected, rel=0.05)
+
+
+def test_sites_of_a_model():
+    done = qbench("--model", "smollm2-135m", "--op", "transform", "--act-bits", "8", "--check-only", "--json")
+    rows = {row["layer"]: (row["a"], row["b"], row["act_bits"]) for row in json.loads(done.stdout)["rows"]}
+    assert rows == {"attn_in": (24, 24, 8), "o_in": (9, 64, 8), "mlp_in": (24, 24, 8), "down_in": (32, 48, 8)}
 
 
 def test_a_kernel_by_name_even_the_reference():
@@ -121,6 +128,9 @@ def test_text_has_a_line_for_each_row():
         (["--op", "qlinear", "--shape", "0,4,4"], 1, "expected 1 to 65536"),
         (["--op", "qlinear", "--shape", "1,4,100", "--group", "64"], 1, "does not divide K = 100"),
         (["--op", "qlinear", "--shape", "1,1048576,1048576"], 1, "too large"),
+        (["--op", "transform", "--shape", "1,300,2"], 1, "A of --shape is 300, expected 1 to 256"),
+        (["--op", "transform", "--shape", "1,3,5", "--act-bits", "4"], 1, "A times B is odd"),
+        (["--basis", "--device", "cuda"], 1, "--basis is for the CPU"),
         (["--op", "attention", "--shape", "1,5,2,64"], 1, "5 heads cannot share 2"),
         (["--outliers", "nan"], 1, "expected 0 to 0.5"),
         (["--columns", "0.6"], 1, "expected 0 to 0.5"),
