@@ -19,10 +19,10 @@ constexpr int64_t kGroup = 12;       // blocks of 16 queries that share the conv
 // 2^v to 3e-6, and 0 below 2^-126; NaN stays.
 F exp2(F v) {
   v = V::max(V::set(-127.0f), v);  // in this order NaN, the second operand, gets through
-  const F n = V::round(v), r = V::sub(v, n);
+  const F whole = V::add(v, V::set(kToWhole)), r = V::sub(v, V::sub(whole, V::set(kToWhole)));
   F p = V::set(0.0096181291f);
   for (const float c : {0.0555041087f, 0.2402265070f, 0.6931471806f, 1.0f}) p = V::fma(p, r, V::set(c));
-  return V::mul(p, V::exp2i(n));
+  return V::mul(p, V::exp2_whole(whole));
 }
 
 template <class T>
@@ -106,14 +106,14 @@ struct AttentionTiles : AttentionTask<V, T> {
   // Scores of keys begin … begin + count → weights against the new maximum. Returns what the sums so far shrink by.
   F softmax(Scratch& s, int64_t block, int64_t begin, int64_t count) const {
     const F limit = V::load(s.position[block]), before = V::load(s.top[block]);
-    F top[2] = {before, before};
+    F top[4] = {before, before, before, before};  // hide the latency of max()
     const bool masked = begin + count - 1 > int64_t(s.position[block][0]);
     for (int64_t t = 0; t < count; ++t) {
       F v = V::load(s.score[t]);
       if (masked) V::store(s.score[t], v = V::where_reaches(limit, V::set(float(begin + t)), v, V::set(kNever)));
-      top[t % 2] = V::max(top[t % 2], v);
+      top[t % 4] = V::max(top[t % 4], v);
     }
-    const F highest = V::max(top[0], top[1]), shrink = exp2(V::sub(before, highest));
+    const F highest = V::max(V::max(top[0], top[1]), V::max(top[2], top[3])), shrink = exp2(V::sub(before, highest));
     F sum[2] = {V::mul(V::load(s.sum[block]), shrink), V::zero()};
     auto weight = [&](int64_t t) {
       const F p = t < count ? exp2(V::sub(V::load(s.score[t]), highest)) : V::zero();

@@ -8,19 +8,23 @@
 namespace pe {
 namespace {
 
+// n + kToWhole, 1.5 · 2^23 + 127, is rounded to a whole number, and its low bits are the exponent of 2^n: three instructions less than to
+// round and convert.
+constexpr float kToWhole = 12582912.0f + 127.0f;
+
 // e^v to 2 units in the last place for v in −87…88, and clamped there: 2^n · e^r with r = v − n·ln 2, |r| ≤ ln 2 / 2; the polynomial is
 // the Taylor series, whose first term left out is r^8/8! < 6e-9.
 template <class V>
 typename V::F exp(typename V::F v) {
   using F = typename V::F;
   v = V::min(V::set(88.0f), V::max(V::set(-87.0f), v));  // in this order NaN, the second operand, gets through
-  const F n = V::round(V::mul(v, V::set(1.44269504f)));
+  const F whole = V::fma(v, V::set(1.44269504f), V::set(kToWhole)), n = V::sub(whole, V::set(kToWhole));
   // ln 2 in two parts: the first has few bits, so n times it is exact.
   F r = V::fma(n, V::set(-0.693359375f), v);
   r = V::fma(n, V::set(2.12194440e-4f), r);
   F p = V::set(1.0f / 5040);
   for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = V::fma(p, r, V::set(c));
-  return V::mul(p, V::exp2i(n));
+  return V::mul(p, V::exp2_whole(whole));
 }
 
 inline const char* rmsnorm_refuses(const RmsNorm& op) { return op.residual ? "adds no residual: qlinear does" : nullptr; }

@@ -89,9 +89,9 @@ struct Avx2 {
   static float widen(uint16_t h) { return half(h); }
   static float widen(int8_t code) { return float(code); }
 
-  // 2^round(v) for the exponential; v within the exponents of f32.
   static F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F exp2i(F v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127)), 23)); }
+  // 2^n of n + kToWhole (elementwise.h), n from −127, which gives 0, to 127.
+  static F exp2_whole(F v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 23)); }
 
   static I zero_int() { return _mm256_setzero_si256(); }
   static I set_int(int32_t v) { return _mm256_set1_epi32(v); }

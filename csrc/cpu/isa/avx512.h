@@ -94,9 +94,9 @@ struct Avx512 {
   static float widen(uint16_t h) { return half(h); }
   static float widen(int8_t code) { return float(code); }
 
-  // 2^round(v) for the exponential; v within the exponents of f32.
   static F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F exp2i(F v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127)), 23)); }
+  // 2^n of n + kToWhole (elementwise.h), n from −127, which gives 0, to 127.
+  static F exp2_whole(F v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23)); }
 
   static I zero_int() { return _mm512_setzero_si512(); }
   static I set_int(int32_t v) { return _mm512_set1_epi32(v); }
