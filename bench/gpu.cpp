@@ -88,21 +88,6 @@ Memory random_memory(size_t bytes, uint64_t mask) {
 }
 constexpr uint64_t kHalves = 0xbbffbbffbbffbbffu, kBytes = ~uint64_t(0);  // below 1, and any
 
-std::optional<double> product_us(const Cublas& cublas, bool int8, int64_t m, int64_t n, int64_t k, size_t cold) {
-  constexpr size_t kMostBytes = size_t(8) << 30;
-  const size_t value = int8 ? 1 : 2, each = size_t(n) * size_t(k) * value, copies = std::max<size_t>(1, (cold + each - 1) / each);
-  if (each * copies > kMostBytes) return {};
-  std::unique_ptr<Cublas::Product> product;
-  try {
-    product = std::make_unique<Cublas::Product>(cublas, int8, m, n, k);
-  } catch (const std::runtime_error&) {
-    return {};
-  }
-  const uint64_t mask = int8 ? kBytes : kHalves;
-  const Memory w = random_memory(each * copies, mask), x = random_memory(size_t(m * k) * value, mask), y(size_t(m * n) * (int8 ? 4 : 2));
-  return timed(int(copies), [&](int i, void* stream) { product->run(x.data(), w.data() + size_t(i) * each, y.data(), stream); });
-}
-
 }  // namespace
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
@@ -155,6 +140,21 @@ double timed(int copies, const std::function<void(int, void*)>& run) {
   return us[kRuns / 2];
 }
 
+std::optional<double> product_us(const Cublas& cublas, bool int8, int64_t m, int64_t n, int64_t k, size_t cold) {
+  constexpr size_t kMostBytes = size_t(8) << 30;
+  const size_t value = int8 ? 1 : 2, each = size_t(n) * size_t(k) * value, copies = std::max<size_t>(1, (cold + each - 1) / each);
+  if (each * copies > kMostBytes) return {};
+  std::unique_ptr<Cublas::Product> product;
+  try {
+    product = std::make_unique<Cublas::Product>(cublas, int8, m, n, k);
+  } catch (const std::runtime_error&) {
+    return {};
+  }
+  const uint64_t mask = int8 ? kBytes : kHalves;
+  const Memory w = random_memory(each * copies, mask), x = random_memory(size_t(m * k) * value, mask), y(size_t(m * n) * (int8 ? 4 : 2));
+  return timed(int(copies), [&](int i, void* stream) { product->run(x.data(), w.data() + size_t(i) * each, y.data(), stream); });
+}
+
 Ceilings measure_ceilings(const Cublas* cublas) {
   Ceilings c;
   const size_t bytes = std::min(size_t(1) << 30, machine().memory_bytes / 8);
@@ -172,7 +172,5 @@ Ceilings measure_ceilings(const Cublas* cublas) {
   c.fp16_gop_s = rate(false), c.int8_gop_s = rate(true);
   return c;
 }
-
-std::optional<double> fp16_us(const Cublas& cublas, int64_t m, int64_t n, int64_t k, size_t cold) { return product_us(cublas, false, m, n, k, cold); }
 
 }  // namespace bench::gpu

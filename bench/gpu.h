@@ -51,7 +51,8 @@ struct Ceilings {
 };
 Ceilings measure_ceilings(const Cublas* cublas);
 
-// The time of a product by cuBLAS with f16 weights that come from memory; none where it takes too much memory or cuBLAS has no algorithm.
-std::optional<double> fp16_us(const Cublas& cublas, int64_t m, int64_t n, int64_t k, size_t cold);
+// The time of a product by cuBLAS, of f16 or int8, with weights that come from memory; none where it takes too much memory or cuBLAS has no
+// algorithm.
+std::optional<double> product_us(const Cublas& cublas, bool int8, int64_t m, int64_t n, int64_t k, size_t cold);
 
 }  // namespace bench::gpu

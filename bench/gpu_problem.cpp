@@ -5,7 +5,9 @@
 namespace bench::gpu {
 namespace {
 
-using pe::Dtype, pe::Kernel, pe::QLinear, pe::RmsNorm, pe::RopeKV, pe::SiluMul;
+using pe::Attention, pe::Dtype, pe::Kernel, pe::QLinear, pe::RmsNorm, pe::RopeKV, pe::SiluMul, pe::Transform;
+
+size_t aligned256(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 char* put(std::vector<Memory>& owned, const void* from, size_t bytes) {
   owned.emplace_back(bytes);
@@ -50,6 +52,21 @@ void run_once(const Kernel<Op>& kernel, const Op& op) {
 
 // ---- QLinear
 
+namespace {
+// The codes of activations as Transform makes them for the linears of a site: a time of its own, not that of a linear.
+void give_codes(QLinear& op, std::vector<Memory>& owned) {
+  Transform quantizer;
+  quantizer.m = op.m, quantizer.n = quantizer.b = op.k, quantizer.a = 1, quantizer.dtype = op.dtype;
+  quantizer.x = op.x, quantizer.x_stride = op.x_stride, quantizer.bits = op.act_bits;
+  owned.emplace_back(size_t(op.m * op.k * op.act_bits / 8));
+  op.x_code = quantizer.code = owned.back().data();
+  owned.emplace_back(size_t(op.m) * 4);
+  op.x_scale = quantizer.scale = reinterpret_cast<float*>(owned.back().data());
+  pe::run(quantizer);
+  finish();
+}
+}  // namespace
+
 template <>
 Placed<QLinear> place(const Problem<QLinear>& problem, const Spec& spec, size_t cold) {
   Placed<QLinear> placed;
@@ -69,6 +86,7 @@ Placed<QLinear> place(const Problem<QLinear>& problem, const Spec& spec, size_t 
   op.y = room(owned, op.m * op.n), op.y_stride = op.n;
   owned.emplace_back(pe::workspace_bytes(op));
   op.workspace = owned.back().data();
+  if (op.act_bits < 16) give_codes(op, owned);
 
   // One allocation for all copies: what lies side by side cannot share a line of the cache.
   const std::pair<const void*, size_t> parts[] = {
@@ -76,13 +94,13 @@ Placed<QLinear> place(const Problem<QLinear>& problem, const Spec& spec, size_t 
       {op.column_index, size_t(op.columns) * 4}, {op.column_value, size_t(op.n * op.columns) * 2}};
   constexpr size_t kParts = std::size(parts);
   size_t each = 0;
-  for (const auto& part : parts) each += (part.second + 255) / 256 * 256;
+  for (const auto& part : parts) each += aligned256(part.second);
   const size_t count = std::max<size_t>(1, (cold + each - 1) / each);
   owned.emplace_back(each * count);
   Memory& memory = owned.back();
   size_t at[kParts], end = 0;
   for (size_t i = 0; i < kParts; ++i) {
-    at[i] = end, end += (parts[i].second + 255) / 256 * 256;
+    at[i] = end, end += aligned256(parts[i].second);
     if (parts[i].second) memory.upload(parts[i].first, parts[i].second, at[i]);
   }
   memory.fill_from(each);
@@ -138,6 +156,109 @@ double error(const Kernel<SiluMul>& kernel, const Problem<SiluMul>& problem, con
   return error_of_rows(problem.op(), fetch(op.y, op.m * op.n, op.dtype, placed.owned).data());
 }
 
+// ---- Transform
+
+template <>
+Placed<Transform> place(const Problem<Transform>& problem, const Spec& spec, size_t cold) {
+  Placed<Transform> placed;
+  auto& owned = placed.owned;
+  Transform op = asked(problem, spec);
+  const bool codes = spec.act_bits < 16;
+  op.left = put_rows(owned, static_cast<const float*>(op.left), op.a, op.a, op.a, Dtype::f16);
+  if (op.right) op.right = put_rows(owned, static_cast<const float*>(op.right), op.b, op.b, op.b, Dtype::f16);
+  if (op.weight) op.weight = put_all(owned, op.weight, size_t(op.n));
+  // A token's activations come from memory, and what is made of them goes there.
+  const size_t x_bytes = aligned256(size_t(op.m * op.x_stride) * 2), made = aligned256(size_t(op.m * op.n) * size_t(codes ? op.bits : 16) / 8);
+  const size_t each = x_bytes + made + aligned256(size_t(op.m) * 4), count = std::max<size_t>(1, (cold + each - 1) / each);
+  owned.emplace_back(each * count);
+  Memory& memory = owned.back();
+  std::vector<uint16_t> x(size_t(op.m * op.x_stride));
+  std::transform(op.x, op.x + x.size(), x.begin(), [&](float v) { return to_bits(v, op.dtype); });
+  memory.upload(x.data(), x.size() * 2);
+  memory.fill_from(each);
+  for (size_t copy = 0; copy < count; ++copy) {
+    char* base = memory.data() + copy * each;
+    op.x = reinterpret_cast<float*>(base);
+    if (codes)
+      op.code = base + x_bytes, op.scale = reinterpret_cast<float*>(base + x_bytes + made);
+    else
+      op.y = reinterpret_cast<float*>(base + x_bytes);
+    placed.copies.push_back(op);
+  }
+  return placed;
+}
+
+namespace {
+// Of y, as run(op) makes it; with codes none of them may be further from the oracle's than the next one.
+template <class Run>
+double error_of_transform(const Problem<Transform>& problem, const Spec& spec, const Placed<Transform>& placed, Run&& run) {
+  Transform op = placed.copies[0];
+  std::vector<Memory> room_for;
+  const bool codes = spec.act_bits < 16;
+  const size_t width = size_t(op.n * op.bits / 8);
+  op.y = room(room_for, op.m * op.n), op.y_stride = op.n;
+  std::vector<uint8_t> found(size_t(op.m) * width), wanted(width);
+  if (codes) room_for.emplace_back(found.size()), op.code = room_for.back().data();
+  run(op);
+  finish();
+  if (codes) room_for.back().download(found.data(), found.size());
+  const std::vector<float> y = fetch(op.y, op.m * op.n, op.dtype, room_for);
+  std::vector<float> t(static_cast<size_t>(op.n));
+  float scale = 0;
+  Norms norms;
+  for (int64_t i : sample(op.m)) {
+    Transform one = problem.op();
+    one.m = 1, one.x += i * one.x_stride, one.y = t.data();
+    if (codes) one.code = wanted.data(), one.scale = &scale;
+    oracle<Transform>().run(one, nullptr);
+    compare(norms, &y[size_t(i * op.n)], t.data(), op.n);
+    for (size_t c = 0; codes && c < size_t(op.n); ++c) {
+      auto code = [&](const uint8_t* row) { return op.bits == 8 ? int8_t(row[c]) : ((row[c / 2] >> c % 2 * 4 & 15) ^ 8) - 8; };
+      if (std::abs(code(&found[size_t(i) * width]) - code(wanted.data())) > 1) return INFINITY;
+    }
+  }
+  return norms.ratio();
+}
+
+// Norm or SiLU·mul, factors and quantization, a launch each. v: room for what the first makes; without y in the op, t: for the second.
+void run_apart(const Transform& op, float* v, float* t, void* stream) {
+  Transform product = op, quantizer = op;
+  if (op.gated) {
+    SiluMul silu;
+    silu.m = op.m, silu.n = op.n, silu.dtype = op.dtype, silu.x = op.x, silu.y = v;
+    pe::run(silu, stream);
+  } else if (op.weight) {
+    RmsNorm norm;
+    norm.m = op.m, norm.n = op.n, norm.dtype = op.dtype, norm.x = op.x, norm.weight = op.weight, norm.eps = op.eps, norm.y = v;
+    pe::run(norm, stream);
+  }
+  if (op.gated || op.weight) product.x = v, product.x_stride = op.n, product.gated = false, product.weight = nullptr;
+  if (!op.y) product.y = t, product.y_stride = op.n;
+  product.code = nullptr, product.scale = nullptr;
+  pe::run(product, stream);
+  if (!op.code) return;
+  quantizer.gated = false, quantizer.weight = nullptr, quantizer.left = quantizer.right = nullptr, quantizer.y = nullptr;
+  quantizer.x = product.y, quantizer.x_stride = product.y_stride;
+  pe::run(quantizer, stream);
+}
+}  // namespace
+
+template <>
+double error(const Kernel<Transform>& kernel, const Problem<Transform>& problem, const Spec& spec, const Placed<Transform>& placed) {
+  return error_of_transform(problem, spec, placed, [&](const Transform& op) { kernel.run(op, nullptr); });
+}
+
+Apart apart(const Problem<Transform>& problem, const Spec& spec, const Placed<Transform>& placed, bool check) {
+  const Transform& whole = placed.copies[0];
+  if (!whole.gated && !whole.weight && !whole.code) return {};
+  std::vector<Memory> owned;
+  float *v = room(owned, whole.m * whole.n), *t = room(owned, whole.m * whole.n);
+  Apart found;
+  if (check) found.error = error_of_transform(problem, spec, placed, [&](const Transform& op) { run_apart(op, v, t, nullptr); });
+  found.us = timed(int(placed.copies.size()), [&](int i, void* stream) { run_apart(placed.copies[size_t(i)], v, t, stream); });
+  return found;
+}
+
 // ---- RopeKV
 
 namespace {
@@ -179,6 +300,36 @@ double error(const Kernel<RopeKV>& kernel, const Problem<RopeKV>& problem, const
     for (size_t i = 0; i < found.size(); ++i) norms.add(found[i], pe::half_to_float((*theirs)[i]));
   }
   return norms.ratio();
+}
+
+// ---- Attention
+
+template <>
+Placed<Attention> place(const Problem<Attention>& problem, const Spec& spec, size_t cold) {
+  Placed<Attention> placed;
+  auto& owned = placed.owned;
+  Attention op = asked(problem, spec);
+  const size_t bytes = size_t(problem.cold_bytes()) / 2, each = 2 * aligned256(bytes), count = std::max<size_t>(1, (cold + each - 1) / each);
+  op.q = put_rows(owned, op.q, op.m, op.q_stride, op.q_stride, op.dtype), op.y = room(owned, op.m * op.y_stride);
+  op.slot = put_all(owned, op.slot, size_t(op.m)), op.position = put_all(owned, op.position, size_t(op.m));
+  owned.emplace_back(pe::workspace_bytes(op));
+  op.workspace = owned.back().data();
+  owned.emplace_back(each * count);
+  Memory& memory = owned.back();
+  memory.upload(op.cache.k, bytes), memory.upload(op.cache.v, bytes, each / 2);
+  memory.fill_from(each);
+  for (size_t copy = 0; copy < count; ++copy) {
+    op.cache.k = memory.data() + copy * each, op.cache.v = memory.data() + copy * each + each / 2;
+    placed.copies.push_back(op);
+  }
+  return placed;
+}
+
+template <>
+double error(const Kernel<Attention>& kernel, const Problem<Attention>& problem, const Spec&, const Placed<Attention>& placed) {
+  const Attention& op = placed.copies[0];
+  run_once(kernel, op);
+  return error_of_attention(problem.op(), fetch(op.y, op.m * op.y_stride, op.dtype, placed.owned).data());
 }
 
 }  // namespace bench::gpu

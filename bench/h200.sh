@@ -100,7 +100,22 @@ for tokens in 1,2,4,8 16,32,64,128 256,1024,2048,4096; do
   measure "w4-$tokens" 30 "${llama[@]}" --tokens "$tokens" --outliers 0
   measure "w8-$tokens" 30 "${llama[@]}" --tokens "$tokens" --bits 8 --outliers 0
 done
-measure small 20 --model llama-3-8b --op rmsnorm --tokens 1,16,2048 --check
+# Linears with integer activations against cuBLAS's FP16 and INT8, and the sites that make their codes against a copy and a launch for each step.
+integers() {
+  local whole=(--model llama-3-8b --op qlinear --check --group 0 --outliers 0 --tokens "$1")
+  measure "w4a4-$1" 20 "${whole[@]}" --act-bits 4
+  measure "w4a8-$1" 20 "${whole[@]}" --act-bits 8
+  measure "w8a8-$1" 20 "${whole[@]}" --act-bits 8 --bits 8
+  measure "w4a8-columns1-$1" 20 "${whole[@]}" --act-bits 8 --columns 0.01
+}
+integers 2048
+for bits in 4 8 16; do
+  measure "transform-a$bits" 15 --model llama-3-8b --op transform --tokens 2048,1,16 --act-bits "$bits" --check
+  measure "transform-alone-a$bits" 10 --op transform --shape 2048,64,64 --act-bits "$bits" --check
+done
 # shellcheck disable=SC2016
 phase peers 40 bash -c '"$1" bench/peers/gpu.py --json "$2"' _ "$PYTHON" "$parts/peers.json"
+integers 16,128
+measure attention 15 --model llama-3-8b --op attention --tokens 1,8,16 --context 4096 --check
+measure small 20 --model llama-3-8b --op rmsnorm --tokens 1,16,2048 --check
 finish

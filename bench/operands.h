@@ -154,5 +154,16 @@ inline double error_of_tokens(const pe::QLinear& op, const float* y, int64_t y_s
   }
   return norms.ratio();
 }
+inline double error_of_attention(const pe::Attention& op, const float* y) {
+  std::vector<float> wanted(static_cast<size_t>(op.y_stride));
+  Norms norms;
+  for (int64_t i : sample(op.m)) {
+    pe::Attention one = op;
+    one.m = 1, one.q = op.q + i * op.q_stride, one.y = wanted.data(), one.slot = op.slot + i, one.position = op.position + i;
+    oracle<pe::Attention>().run(one, nullptr);
+    compare(norms, y + i * op.y_stride, wanted.data(), op.y_stride);
+  }
+  return norms.ratio();
+}
 
 }  // namespace bench

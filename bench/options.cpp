@@ -24,7 +24,7 @@ const char* const kHelp = R"(qbench: how fast each kernel of PyEngine's dispatch
   --check            compare with the reference before timing; a kernel that is wrong ends the run with exit code 1
   --check-only       the same, and no timing: a single run of each kernel
   --bits 4|8  --group 32|64|128|0  --act-bits 4|8|16   of the linears (default 4, 128, 16; group 0 is a whole row).
-                     A transform makes codes of --act-bits, or numbers with 16
+                     A transform makes codes of --act-bits, or numbers with 16. On a GPU linears take codes that are there already
   --outliers SHARE   of their weights in FP16 (default 0.01)
   --mask skewed|uniform   outliers crowd into some rows and columns, as gradients choose them (default), or not
   --columns SHARE    of their inputs in FP16 as whole columns (default 0)
@@ -42,7 +42,8 @@ A line is a median of at least 20 runs. GB/s counts weights, activations and res
 weights and cache would need at the measured bandwidth, or the operations at the measured rate, whichever is longer, over the time it took. fp32
 and bf16 are a plain blocked product with dense weights of that type (bench/dense.cpp), cold as well. On a GPU a line is a median of 21 replays of
 a CUDA graph of many calls, the peaks are a copy and cuBLAS's products of 8192 x 8192 x 8192, and fp16 is cuBLAS's with dense weights, cold as
-well, and its time over the kernel's; - where libcublasLt is not found (LD_LIBRARY_PATH may name its folder).
+well, and its time over the kernel's; - where libcublasLt is not found (LD_LIBRARY_PATH may name its folder). In the place of fp16 a transform
+has the same in a launch for each step: norm or SiLU, factors, quantization.
 )";
 
 namespace {
@@ -145,14 +146,18 @@ std::vector<Spec> layers(const std::string& op, const Model& c, Spec s) {
   if (op == "qlinear") {
     const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
     Spec head = s;  // PyEngine's checkpoints hold the output matrix so
-    head.bits = 8, head.group = 64, head.act_bits = 16, head.outliers = 0, head.columns = 0;
-    return {linear(s, "qkv", q + 2 * kv, c.hidden), linear(s, "o", c.hidden, q), linear(s, "gate_up", 2 * c.ffn, c.hidden),
-            linear(s, "down", c.hidden, c.ffn), linear(head, "head", c.vocab, c.hidden)};
+    head.bits = 8, head.group = 64, head.outliers = 0, head.columns = 0;
+    std::vector<Spec> all = {linear(s, "qkv", q + 2 * kv, c.hidden), linear(s, "o", c.hidden, q), linear(s, "gate_up", 2 * c.ffn, c.hidden),
+                             linear(s, "down", c.hidden, c.ffn)};
+    if (s.act_bits == 16) all.push_back(linear(head, "head", c.vocab, c.hidden));  // whose activations are never quantized
+    return all;
   }
   if (op == "transform") {
     Spec o = factors(s, "o_in", c.heads, c.head_dim);
     o.left_alone = true;
-    return {site(s, "attn_in", c.hidden, true), o, site(s, "mlp_in", c.hidden, true), site(s, "down_in", c.ffn, false)};
+    Spec down = site(s, "down_in", c.ffn, false);
+    down.gated = s.dtype != pe::Dtype::f32;  // the CPU's linears gate by themselves
+    return {site(s, "attn_in", c.hidden, true), o, site(s, "mlp_in", c.hidden, true), down};
   }
   s.label = op;
   s.n = op == "silu_mul" ? c.ffn : c.hidden;

@@ -133,7 +133,9 @@ double Problem<QLinear>::cold_bytes() const {
 
 template <>
 double Problem<QLinear>::bytes() const {
-  return cold_bytes() + value_bytes_ * double(op_.m) * double(op_.n + op_.k);
+  // A GPU's linears read codes that are there already.
+  const double x = value_bytes_ < 4 && op_.act_bits < 16 ? op_.act_bits / 8.0 : value_bytes_;
+  return cold_bytes() + double(op_.m) * (value_bytes_ * double(op_.n) + x * double(op_.k));
 }
 
 template <>

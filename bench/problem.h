@@ -18,8 +18,8 @@ struct Spec {
   std::string label;            // what the layer is, or the shape
   int64_t m = 1, n = 0, k = 0;  // of a linear; n alone of norms and activations
   int64_t heads = 0, kv_heads = 0, head_dim = 0, context = 512;
-  int64_t a = 0, b = 0;  // of a change of basis: its factors, after RMSNorm or not, and with the right one or not
-  bool norm = false, left_alone = false;
+  int64_t a = 0, b = 0;  // of a change of basis: its factors, after RMSNorm, SiLU·mul or nothing, and with the right one or not
+  bool norm = false, gated = false, left_alone = false;
   bool basis = false;    // of rope_kv: q and k change theirs
   int64_t group = 128;
   int bits = 4, act_bits = 16;

@@ -57,7 +57,8 @@ Problem<Attention>::Problem(const Spec& s) {
   Sequences sequences(op_, s, owned_, random);
   op_.scale = 1 / std::sqrt(float(s.head_dim));
   op_.q_stride = op_.y_stride = s.heads * s.head_dim;
-  op_.q = random_floats(owned_, random, size_t(s.m * op_.q_stride));
+  op_.q = random_floats(owned_, random, size_t(s.m * op_.q_stride), s.dtype);
+  value_bytes_ = value_bytes(s);
   op_.y = keep<float>(owned_, size_t(s.m * op_.y_stride));
   give_workspace(op_, owned_);
 }
@@ -74,7 +75,7 @@ double Problem<Attention>::cold_bytes() const {
 
 template <>
 double Problem<Attention>::bytes() const {
-  return cold_bytes() + 8.0 * double(op_.m * op_.q_stride);
+  return cold_bytes() + 2 * value_bytes_ * double(op_.m * op_.q_stride);
 }
 
 template <>
@@ -87,15 +88,7 @@ Prepared<Attention> Problem<Attention>::prepare(const Kernel<Attention>&, size_t
 template <>
 double Problem<Attention>::error(const Kernel<Attention>& kernel) const {
   kernel.run(op_, nullptr);
-  std::vector<float> wanted(static_cast<size_t>(op_.y_stride));
-  Norms norms;
-  for (int64_t i : sample(op_.m)) {
-    Attention one = op_;
-    one.m = 1, one.q = op_.q + i * op_.q_stride, one.y = wanted.data(), one.slot = op_.slot + i, one.position = op_.position + i;
-    oracle<Attention>().run(one, nullptr);
-    compare(norms, op_.y + i * op_.y_stride, wanted.data(), op_.y_stride);
-  }
-  return norms.ratio();
+  return error_of_attention(op_, op_.y);
 }
 
 template <>

@@ -1,5 +1,5 @@
 // The problems of changes of basis: what a site's linears read, as numbers or as codes. All operands but the factors are what the op before
-// has just written, and the factors stay in caches.
+// has just written, and the factors stay in caches; on a GPU they are what memory has.
 #include "operands.h"
 
 namespace bench {
@@ -9,9 +9,13 @@ using pe::Kernel, pe::Transform;
 
 constexpr double kEps = 1e-5;
 
-const float* random_factor(std::vector<Buffer>& owned, Random& random, int64_t size) {
+// A GPU's are f16.
+const float* random_factor(std::vector<Buffer>& owned, Random& random, int64_t size, bool on_gpu) {
   float* factor = random_floats(owned, random, size_t(size * size));
-  for (int64_t i = 0; i < size * size; ++i) factor[i] /= std::sqrt(float(size));
+  for (int64_t i = 0; i < size * size; ++i) {
+    factor[i] /= std::sqrt(float(size));
+    if (on_gpu) factor[i] = pe::half_to_float(pe::float_to_half(factor[i]));
+  }
   return factor;
 }
 
@@ -32,10 +36,13 @@ template <>
 Problem<Transform>::Problem(const Spec& s) {
   Random random(1);
   op_.m = s.m, op_.n = s.a * s.b, op_.a = s.a, op_.b = s.b;
-  op_.x = random_floats(owned_, random, size_t(op_.m * op_.n)), op_.x_stride = op_.n;
+  const bool on_gpu = s.dtype != pe::Dtype::f32;
+  op_.gated = s.gated, op_.x_stride = s.gated ? 2 * op_.n : op_.n;
+  op_.x = random_floats(owned_, random, size_t(op_.m * op_.x_stride), s.dtype);
+  value_bytes_ = value_bytes(s);
   if (s.norm) op_.weight = random_floats(owned_, random, size_t(op_.n)), op_.eps = float(kEps);
-  op_.left = random_factor(owned_, random, s.a);
-  if (!s.left_alone) op_.right = random_factor(owned_, random, s.b);
+  op_.left = random_factor(owned_, random, s.a, on_gpu);
+  if (!s.left_alone) op_.right = random_factor(owned_, random, s.b, on_gpu);
   if (s.act_bits == 16) {
     op_.y = keep<float>(owned_, size_t(op_.m * op_.n)), op_.y_stride = op_.n;
   } else {
@@ -49,13 +56,14 @@ double Problem<Transform>::operations() const {
 }
 
 template <>
-double Problem<Transform>::cold_bytes() const {
-  return 0;
+double Problem<Transform>::bytes() const {
+  const double factors = value_bytes_ * double(op_.a * op_.a + (op_.right ? op_.b * op_.b : 0));
+  return double(op_.m) * (value_bytes_ * double(op_.x_stride) + double(op_.n) * (op_.y ? value_bytes_ : op_.bits / 8.0)) + factors;
 }
 
 template <>
-double Problem<Transform>::bytes() const {
-  return double(op_.m * op_.n) * (4 + (op_.y ? 4 : op_.bits / 8.0)) + 4.0 * double(op_.a * op_.a + (op_.right ? op_.b * op_.b : 0));
+double Problem<Transform>::cold_bytes() const {
+  return value_bytes_ < 4 ? bytes() : 0;
 }
 
 template <>

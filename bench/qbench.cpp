@@ -8,6 +8,7 @@
 
 #include "cpu/threads.h"
 #include "dense.h"
+#include "gpu_problem.h"
 #include "options.h"
 #include "problem.h"
 #include "report.h"
@@ -120,8 +121,10 @@ void check_names_and_shapes(const Options& o) {
     if (!wanted<Op>(o)) return;
     known = true;
     check_device<Op>(o);
-    if constexpr (benchmarked<Op>) (void)specs(name, o);
-    else if (!o.op.empty()) throw std::runtime_error(std::string(name) + " is only listed, not timed");
+    if (o.device == "cuda" ? gpu::measured<Op> : benchmarked<Op>)
+      (void)specs(name, o);
+    else if (!o.op.empty())
+      throw std::runtime_error(std::string(name) + " is only listed, not timed" + (gpu::measured<Op> ? " on the CPU" : ""));
   });
   if (!known) throw std::runtime_error("no kernel" + (o.op.empty() ? "" : " of " + o.op) + " is called '" + o.kernel + "'");
 }

@@ -22,7 +22,18 @@ template <class Op>
 std::optional<double> least_us(const Problem<Op>& problem, const Gpu& g) {
   if (problem.cold_bytes() == 0 || g.cold == 0) return {};
   const double memory = problem.bytes() / *g.ceilings.copy_gb_s;
-  return std::max(memory, g.ceilings.fp16_gop_s ? problem.operations() / *g.ceilings.fp16_gop_s : 0.0) / 1e3;
+  auto rate = g.ceilings.fp16_gop_s;
+  if constexpr (std::is_same_v<Op, pe::QLinear>)
+    if (problem.op().act_bits < 16) rate = g.ceilings.int8_gop_s;
+  return std::max(memory, rate ? problem.operations() / *rate : 0.0) / 1e3;
+}
+
+void check(const char* what, double error, double allowed, const Spec& spec) {
+  if (error <= allowed) return;
+  char text[160];
+  std::snprintf(text, sizeof text, "%s is wrong on %s with m = %lld: error %.3g, allowed %.3g", what, spec.label.c_str(), (long long)spec.m,
+                error, allowed);
+  throw std::runtime_error(text);
 }
 
 template <class Op>
@@ -31,18 +42,18 @@ Line measure(const char* name, const pe::Kernel<Op>& kernel, const Problem<Op>& 
   const auto placed = gpu::place(problem, spec, g.cold);
   if (o.check) {
     line.error = gpu::error(kernel, problem, spec, placed);
-    if (const double allowed = gpu::bound(spec.dtype); !(*line.error <= allowed)) {
-      char text[160];
-      std::snprintf(text, sizeof text, "%s is wrong on %s with m = %lld: error %.3g, allowed %.3g", kernel.name, spec.label.c_str(),
-                    (long long)spec.m, *line.error, allowed);
-      throw std::runtime_error(text);
-    }
+    check(kernel.name, *line.error, gpu::bound<Op>(spec.dtype), spec);
   }
   line.copies = int(placed.copies.size());
   if (o.check_only) return line;
   const double us = gpu::timed(line.copies, [&](int i, void* stream) { kernel.run(placed.copies[size_t(i)], stream); });
   line.us = us, line.gb_s = problem.bytes() / us / 1e3, line.gop_s = problem.operations() / us / 1e3;
   if (const auto least = least_us(problem, g)) line.of_peak = *least / us;
+  if constexpr (std::is_same_v<Op, pe::Transform>) {
+    const gpu::Apart apart = gpu::apart(problem, spec, placed, o.check);
+    if (apart.error) check("its steps apart", *apart.error, 2 * gpu::bound<Op>(spec.dtype), spec);  // what is between them is rounded too
+    line.apart_us = apart.us;
+  }
   return line;
 }
 
@@ -57,12 +68,14 @@ void measure_op(const char* name, const Options& o, const Gpu& g, std::vector<Li
   if (!wanted<Op>(o) || (o.op.empty() && o.kernel.empty() && !has_rows<Op>())) return;
   for (const Spec& spec : specs(name, o)) {
     const Problem<Op> problem(spec);
-    std::optional<double> fp16;
-    if constexpr (std::is_same_v<Op, pe::QLinear>)
-      if (g.cublas && !o.check_only) fp16 = gpu::fp16_us(*g.cublas, spec.m, spec.n, spec.k, g.cold);
+    std::optional<double> fp16, int8;
+    if constexpr (std::is_same_v<Op, pe::QLinear>) {
+      if (g.cublas && !o.check_only) fp16 = gpu::product_us(*g.cublas, false, spec.m, spec.n, spec.k, g.cold);
+      if (fp16 && spec.act_bits < 16) int8 = gpu::product_us(*g.cublas, true, spec.m, spec.n, spec.k, g.cold);
+    }
     for (const auto* kernel : chosen(gpu::asked(problem, spec), o.kernel, pe::Device::cuda)) {
       lines.push_back(measure(name, *kernel, problem, spec, o, g));
-      lines.back().fp16_us = fp16;
+      lines.back().fp16_us = fp16, lines.back().int8_us = int8;
       if (!o.json) print(lines.back());
     }
   }
@@ -101,10 +114,7 @@ int run_on_gpu(const Options& o) {
   if (!o.json) print_machine(g), print_header(true);
   std::vector<Line> lines;
   each_op(o.op, [&]<class Op>(const char* name) {
-    if constexpr (gpu::measured<Op>)
-      measure_op<Op>(name, o, g, lines);
-    else if (!o.op.empty())
-      throw std::runtime_error(std::string(name) + " is not timed on a GPU");
+    if constexpr (gpu::measured<Op>) measure_op<Op>(name, o, g, lines);
   });
   if (!o.json) return 0;
   std::printf("{\"machine\": %s, \"rows\": [", json(g).c_str());

@@ -53,9 +53,10 @@ void print(const Line& l) {
   };
   column(0, "%.1f", l.us), column(1, "%.2f", l.gb_s), column(2, "%.1f", l.gop_s);
   column(3, "%.0f %%", l.of_peak ? std::optional(*l.of_peak * 100) : std::nullopt);
-  column(4, "%.1f", l.on_gpu() ? l.fp16_us : l.fp32_us);
+  const auto other = !l.on_gpu() ? l.fp32_us : s.a ? l.apart_us : l.fp16_us;
+  column(4, "%.1f", other);
   if (l.on_gpu())
-    column(5, "%.2f", l.fp16_us && l.us ? std::optional(*l.fp16_us / *l.us) : std::nullopt);
+    column(5, "%.2f", other && l.us ? std::optional(*other / *l.us) : std::nullopt);
   else
     column(5, "%.1f", l.bf16_us);
   column(6, "%.1e", l.error);
@@ -72,9 +73,10 @@ std::string json(const Line& l) {
   add("dtype", quoted(dtype_name(s.dtype))), whole("m", s.m);
   if (s.k) {
     whole("n", s.n), whole("k", s.k), whole("bits", s.bits), whole("act_bits", s.act_bits), whole("group", s.group);
-    add("outliers", real(s.outliers)), add("mask", s.skewed ? "\"skewed\"" : "\"uniform\"");
+    add("outliers", real(s.outliers)), add("columns", real(s.columns)), add("mask", s.skewed ? "\"skewed\"" : "\"uniform\"");
   } else if (s.a) {
     whole("a", s.a), whole("b", s.b), whole("act_bits", s.act_bits);
+    add("before", s.norm ? "\"norm\"" : s.gated ? "\"silu_mul\"" : "null");
   } else if (has_heads(l)) {
     whole("heads", s.heads), whole("kv_heads", s.kv_heads), whole("head_dim", s.head_dim), whole("context", s.m > 16 ? s.m : s.context);
   } else {
@@ -83,7 +85,7 @@ std::string json(const Line& l) {
   whole("copies", l.copies);
   add("us", real(l.us)), add("gb_s", real(l.gb_s)), add("gop_s", real(l.gop_s)), add("of_peak", real(l.of_peak));
   if (l.on_gpu())
-    add("fp16_us", real(l.fp16_us));
+    add("fp16_us", real(l.fp16_us)), add("int8_us", real(l.int8_us)), add("apart_us", real(l.apart_us));
   else
     add("fp32_us", real(l.fp32_us)), add("bf16_us", real(l.bf16_us));
   add("error", real(l.error));

@@ -14,7 +14,8 @@ struct Line {
   std::optional<double> us = {}, gb_s = {}, gop_s = {}, of_peak = {};  // none with --check-only
   std::optional<double> error = {};
   std::optional<double> fp32_us = {}, bf16_us = {};  // a dense product on the CPU
-  std::optional<double> fp16_us = {};                // and by cuBLAS
+  std::optional<double> fp16_us = {}, int8_us = {};  // and by cuBLAS
+  std::optional<double> apart_us = {};               // the same in a launch for each step
   int copies = 1;
 
   bool on_gpu() const { return spec.dtype != pe::Dtype::f32; }
