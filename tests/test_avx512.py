@@ -1,6 +1,6 @@
 """The AVX-512 and AMX kernels on any machine with AVX2: built on top of emulated instructions, then put through the tests of kernels.
 
-It runs where nothing is missing as well, 27 s on two cores: the emulation's tiles fault outside of their begin() and end(), and it must
+It runs where nothing is missing as well: the emulation's tiles fault outside of their begin() and end(), and it must
 not rot where everybody has the hardware.
 """
 
