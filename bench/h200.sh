@@ -107,6 +107,7 @@ integers() {
   measure "w4a8-$1" 20 "${whole[@]}" --act-bits 8
   measure "w8a8-$1" 20 "${whole[@]}" --act-bits 8 --bits 8
   measure "w4a8-columns1-$1" 20 "${whole[@]}" --act-bits 8 --columns 0.01
+  measure "w4a8-groups-$1" 20 "${whole[@]}" --act-bits 8 --group 128
 }
 integers 2048
 for bits in 4 8 16; do

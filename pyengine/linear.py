@@ -26,7 +26,7 @@ class Linear(nn.Module):
 
     act_bits 16 keeps x at 16 bits or more; 8 and 4 quantize every token to integers on the fly, within the ratios `act_clip` f32[2] of its
     highest and lowest value, however few tokens there are: a token's result does not depend on its batch. On a GPU they take symmetric
-    weights with one scale a row, whole columns but no single outliers, and k a multiple of 16, or of 32 for 4 bits.
+    weights with one scale a row or in groups of 64 or 128, whole columns but no single outliers, and k a multiple of 16, or of 32 for 4 bits.
 
     `gated` returns silu(g)·u instead, where g and u are the two halves of those outputs. `kernel` forces a row of the dispatch table by name
     and raises RuntimeError if it refuses; `kernel_name()` says which row runs.

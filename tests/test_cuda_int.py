@@ -38,14 +38,18 @@ def case(request, device):
 class Problem:
     """y = x_scale · w_scale · (codes of x · codes of w) + columns + bias + residual, on the device and exactly."""
 
-    def __init__(self, device, n: int, k: int, bits: int, act_bits: int, bias: bool = False, scale_f32: bool = False, columns: int = 0):
+    def __init__(
+        self, device, n: int, k: int, bits: int, act_bits: int, bias: bool = False, scale_f32: bool = False, columns: int = 0, group: int = 0
+    ):
         self.device, self.bias = device, torch.randn(n) if bias else None
-        self.w = random_weight(n, k, k, bits, scale_f32=scale_f32, columns=columns)
+        self.w = random_weight(n, k, group or k, bits, scale_f32=scale_f32, columns=columns)
+        if group:  # with powers of two f32 sums over groups are exact too
+            self.w.scale = (2.0 ** torch.randint(-2, 1, self.w.scale.shape)).to(self.w.scale.dtype)
         if columns:  # whole numbers and a little, which takes all of f16's 11 bits: f32 sums of them are exact
             self.w.column_value = (torch.randint(-7, 8, (n, columns)) + 2.0**-7).half()
         op = self.op = device.ops.QLinear()
         op.columns = columns
-        op.n, op.k, op.group, op.bits, op.act_bits, op.scale_f32 = n, k, k, bits, act_bits, scale_f32
+        op.n, op.k, op.group, op.bits, op.act_bits, op.scale_f32 = n, k, group or k, bits, act_bits, scale_f32
         op.weight, op.scale = self.w.weight.data_ptr(), self.w.scale.data_ptr()
         self.packed = [torch.empty(size, dtype=torch.uint8) for size in op.packed_bytes(MMA)[:2]]
         op.pack(MMA, *(t.data_ptr() for t in self.packed), 0)
@@ -93,7 +97,11 @@ class Problem:
 
     def expected(self, codes, scale, dtype: torch.dtype, residual: torch.Tensor | None = None, x: torch.Tensor | None = None) -> torch.Tensor:
         w = unpack_codes(self.w.weight, self.op.k, self.op.bits).int() - (1 << (self.op.bits - 1))
-        y = (codes.long() @ w.long().T).float() * (self.w.scale.float().T * scale[:, None])
+        if self.w.group == self.op.k:
+            y = (codes.long() @ w.long().T).float() * (self.w.scale.float().T * scale[:, None])
+        else:
+            parts = [part.long().unflatten(1, (-1, self.w.group)) for part in (codes, w)]
+            y = (torch.einsum("mgc,ngc->mng", *parts).float() * self.w.scale.float()).sum(2) * scale[:, None]
         for first in range(0, self.w.columns, 16):  # as many make a step
             step = slice(first, first + 16)
             y = y + x[:, self.w.column_index[step].long()].float() @ self.w.column_value[:, step].float().T
@@ -118,15 +126,30 @@ def test_every_shape_has_the_very_bits(device, case):
 
 
 def test_every_schedule_is_free_of_races(device, case):
-    """Several blocks share outputs, and then a block's ring of tiles goes round; with columns that fill no step."""
+    """Several blocks share outputs, and then a block's ring of tiles goes round; with columns that fill no step, and groups."""
     kernel, bits, act_bits = case
-    for n, k, m, columns in ((130, 1568, TOKENS[kernel][-2], 17), (20, 960, 33, 0)):
-        problem = Problem(device, n, k, bits, act_bits, columns=columns)
+    for n, k, m, columns, group in ((130, 1568, TOKENS[kernel][-2], 17, 0), (20, 960, 33, 0, 0), (70, 1152, 33, 0, 128), (20, 960, 33, 0, 64)):
+        problem = Problem(device, n, k, bits, act_bits, columns=columns, group=group)
         codes, scale = problem.inputs(m)
         x = problem.column_inputs(m, torch.float16)
         for schedule in device.schedules(seeds=1):
             y = problem.run(kernel, codes, scale, torch.float16, x=x)
             assert torch.equal(y, problem.expected(codes, scale, torch.float16, x=x)), schedule
+
+
+def test_groups_are_scaled_one_by_one(device, case):
+    kernel, bits, act_bits = case
+    tokens, schedules = itertools.cycle(TOKENS[kernel]), itertools.cycle(("in_order", "reverse", "greedy", "random"))
+    for i, (n, k, group) in enumerate(((17, 128, 64), (70, 576, 64), (130, 1152, 128), (200, 256, 128), (33, 1088, 64), (1, 1920, 128))):
+        for dtype in DTYPES:
+            m = next(tokens)
+            problem = Problem(device, n, k, bits, act_bits, scale_f32=i % 2 == 1, columns=i, group=group)
+            device.reset()
+            device.schedule(next(schedules), i, 1 + i % 2, 1 + i % 3)
+            codes, scale = problem.inputs(m)
+            x = problem.column_inputs(m, dtype)
+            assert torch.equal(problem.run(kernel, codes, scale, dtype, x=x), problem.expected(codes, scale, dtype, x=x)), (n, k, group, m)
+            device.check()
 
 
 def test_columns_are_added_to_the_exact_sums(device, case):
@@ -173,7 +196,7 @@ def test_few_tokens_of_a_w4a4_checkpoint_run_on_the_kernel_for_16_bits(device):
 
 @pytest.mark.parametrize("change, why", (
     ({"act_bits": 16}, "activations of 8 or 4 bits"),
-    ({"group": 64}, "one scale a row"),
+    ({"group": 32}, "groups of 64, 128 or a whole row"),
     ({"zero": 16}, "symmetric weights"),
     ({"outlier_row": 16}, "no single FP16 outliers"),
     ({"columns": 1}, "takes x for the columns"),

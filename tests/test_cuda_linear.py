@@ -145,7 +145,7 @@ def test_what_a_gpu_does_not_take_is_refused(emulated):
     with pytest.raises(ValueError, match="capture a CUDA graph instead"):
         layer(placed(torch.randn(2, 96).half(), emulated), program=ops.Program())
     for (n, k, group), change, why in (
-        ((16, 64, 32), {"act_bits": 8}, "takes one scale a row"),
+        ((16, 64, 32), {"act_bits": 8}, "takes groups of 64, 128 or a whole row"),
         ((16, 24, 24), {"act_bits": 8}, "k is no multiple of 16"),
         ((16, 48, 48), {"act_bits": 4}, "k is no multiple of 32"),
         ((16, 64, 32), {"gated": True}, "gates no result"),

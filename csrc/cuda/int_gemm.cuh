@@ -1,5 +1,5 @@
 // What the kernels have in common that multiply integers: activations' codes, which Transform makes, with codes of layout mma, summed exactly
-// in s32.
+// in s32: over a whole row, or over a group, whose sum is then scaled and added to those of the other groups in f32.
 //
 // A lane of layout mma holds 8 neighbouring inputs of a half of a tile, which is what the INT4 operand wants. The INT8 operand wants 4 inputs
 // from 4t and 4 from 16+4t on, in the order in which activations' codes lie in memory: those are words of the lanes t/2 and 2+t/2 of the
@@ -19,7 +19,7 @@ inline const char* refuses_int(const QLinear& op) {
   if (op.bits != 4 && op.bits != 8) return "takes codes of 4 or 8 bits";
   if (op.act_bits == 4 && op.bits == 8) return "takes activations of 4 bits with weights of 4 bits alone";
   if (op.gated) return "gates no result: silu_mul does";
-  if (op.group != op.k) return "takes one scale a row";
+  if (op.group != 64 && op.group != 128 && op.group != op.k) return "takes groups of 64, 128 or a whole row";
   if (op.zero) return "takes symmetric weights";
   if (op.outlier_row || op.outlier_entry) return "multiplies no single FP16 outliers by integers, but whole columns";
   if (op.k % (128 / op.act_bits)) return op.act_bits == 8 ? "k is no multiple of 16" : "k is no multiple of 32";
@@ -93,14 +93,33 @@ __device__ __forceinline__ float row_scale(const QLinear& op, int64_t r) {
   return op.scale_f32 ? static_cast<const float*>(op.scale)[at] : __half2float(static_cast<const __half*>(op.scale)[at]);
 }
 
-// Adds what the other blocks of this tile of y have found; false in all of them but the last to come. The first `threads` threads of a
-// block have sums, all of them come here.
+// The scales of outputs g and g+8 of one of a block's eight bands in the group of a tile of inputs.
+__device__ __forceinline__ float2 group_scales(const QLinear& op, const Shares& shares, int band, int tile) {
+  const int group = min(tile * mma::kTile >> shares.group_shift, shares.groups - 1);
+  const size_t at = (size_t(row_tile(op, band)) * shares.groups + group) * mma::kTile + threadIdx.x % 32 / 4 * 8 + band % 4 * 2;
+  if (op.scale_f32) return *reinterpret_cast<const float2*>(static_cast<const float*>(op.scale) + at);
+  return __half22float2(*reinterpret_cast<const __half2*>(static_cast<const __half*>(op.scale) + at));
+}
+
+// Whether a group ends with a tile of inputs.
+__device__ __forceinline__ bool ends_group(const Shares& shares, int tile) { return shares.group_shift == 6 || tile % 2; }
+
+// Adds a band's sums of a group, times their scales, to those of all groups.
 template <int N>
-__device__ bool add_other_sums(const Shares& shares, int threads, int (&sum)[N]) {
+__device__ __forceinline__ void add_group(int* sum, float* total, float2 scale) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) total[i] += float(sum[i]) * (i % 4 / 2 ? scale.y : scale.x), sum[i] = 0;
+}
+
+// Adds what the other blocks of this tile of y have found; false in all of them but the last to come. The first `threads` threads of a
+// block have sums, s32 or with groups f32; all of them come here.
+template <class Sum, int N>
+__device__ bool add_other_sums(const Shares& shares, int threads, Sum (&sum)[N]) {
+  using Four = std::conditional_t<std::is_same_v<Sum, int>, int4, float4>;
   const unsigned tile = blockIdx.y * gridDim.x + blockIdx.x;
   const bool mine = int(threadIdx.x) < threads;
   auto place = [&](int block, int i) {
-    return reinterpret_cast<int4*>(shares.sums) + ((size_t(tile) * gridDim.z + block) * (N / 4) + i) * threads + threadIdx.x;
+    return reinterpret_cast<Four*>(shares.sums) + ((size_t(tile) * gridDim.z + block) * (N / 4) + i) * threads + threadIdx.x;
   };
   if (mine)
     for (int i = 0; i < N / 4; ++i) *place(blockIdx.z, i) = {sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]};
@@ -110,8 +129,8 @@ __device__ bool add_other_sums(const Shares& shares, int threads, int (&sum)[N])
   for (int block = 0; block < int(gridDim.z); ++block)
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
-      const int4 other = __ldcg(place(block, i));
-      int* v = sum + 4 * i;
+      const Four other = __ldcg(place(block, i));
+      Sum* v = sum + 4 * i;
       if (block == 0) v[0] = v[1] = v[2] = v[3] = 0;
       v[0] += other.x, v[1] += other.y, v[2] += other.z, v[3] += other.w;
     }
@@ -122,20 +141,25 @@ constexpr int kIntRow = mma::kGemmOutputs + 4;  // f32 of a row of y on its way 
 
 // What mma gives a lane for 16 outputs × 8 tokens, to the block's tile of y[tokens][outputs] in shared memory, as it is. `token` and `output`
 // are those of the lane's first sum within the tile.
-__device__ __forceinline__ void put_sums(const int* sum, float* out, int token, int output) {
-  for (int i = 0; i < 4; ++i) out[(token + i % 2) * kIntRow + output + i / 2 * 8] = __int_as_float(sum[i]);
+__device__ __forceinline__ float as_it_is(int sum) { return __int_as_float(sum); }
+__device__ __forceinline__ float as_it_is(float sum) { return sum; }
+template <class Sum>
+__device__ __forceinline__ void put_sums(const Sum* sum, float* out, int token, int output) {
+  for (int i = 0; i < 4; ++i) out[(token + i % 2) * kIntRow + output + i / 2 * 8] = as_it_is(sum[i]);
 }
 
 // y of the block's tile, by all its threads, a multiple of its outputs: sums times their scales, and the columns, then as store_tile() says.
-// times: what the codes have been multiplied by.
+// times: what the codes have been multiplied by. grouped: sums are f32 and have the scales of their outputs already.
+template <bool grouped>
 __device__ __forceinline__ void store_sums(const QLinear& op, float* out, int tokens, int times) {
   const int64_t token0 = int64_t(blockIdx.y) * tokens, output0 = int64_t(blockIdx.x) * mma::kGemmOutputs;
   const int output = threadIdx.x % mma::kGemmOutputs;
-  const float row = row_scale(op, output0 + output) / float(times);
+  const float row = (grouped ? 1.0f : row_scale(op, output0 + output)) / float(times);
 #pragma unroll 4
   for (int token = threadIdx.x / mma::kGemmOutputs; token < tokens; token += blockDim.x / mma::kGemmOutputs) {
     const int at = token * kIntRow + output;
-    out[at] = float(__float_as_int(out[at])) * (row * (token0 + token < op.m ? op.x_scale[token0 + token] : 0.0f));
+    const float sum = grouped ? out[at] : float(__float_as_int(out[at]));
+    out[at] = sum * (row * (token0 + token < op.m ? op.x_scale[token0 + token] : 0.0f));
   }
   if (op.dtype == Dtype::f16)
     finish_tile<__half>(op, out, kIntRow, token0, tokens, output0);

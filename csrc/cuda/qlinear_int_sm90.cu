@@ -4,7 +4,8 @@
 // A block has 128 outputs and 64 or 128 tokens, W·Xᵀ, 128 inputs at a time in a ring in shared memory. Two warpgroups multiply, each 64 outputs,
 // with weights as the operand in registers: while the tensor cores are busy with a tile of 64 inputs, the codes of the next one become
 // operands. Four more warps see to it that weights and x come: by the copy engine, except that INT4 activations go through registers, where
-// they become the bytes that the tensor cores take, 16 times as large.
+// they become the bytes that the tensor cores take, 16 times as large. With groups a block has 64 tokens: each sum is in registers twice, of
+// the group and of all.
 #include <algorithm>
 
 #include "cuda/int_gemm.cuh"
@@ -124,9 +125,15 @@ struct Supplier {
   }
 };
 
-// A warpgroup, for 64 outputs.
-template <int bits, int M>
-__device__ void multiply(Shared<bits, M>& shared, const Inputs& inputs, int (&sum)[M / 2]) {
+template <int N>
+__device__ __forceinline__ void pin(int (&sum)[N]) {
+  ptx::pin(reinterpret_cast<uint32_t(&)[N]>(sum));
+}
+
+// A warpgroup, for 64 outputs. With groups what it finds is in `total`, else in `sum`.
+template <int bits, int M, bool grouped>
+__device__ void multiply(const QLinear& op, const Shares& shares, Shared<bits, M>& shared, const Inputs& inputs, int (&sum)[M / 2],
+                         float (&total)[grouped ? M / 2 : 1]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int pair = 0; pair < inputs.pairs; ++pair) {
     const Turn turn(pair);
@@ -140,16 +147,34 @@ __device__ void multiply(Shared<bits, M>& shared, const Inputs& inputs, int (&su
       ptx::wgmma_fence();
       for (int half = 0; half < 2; ++half) ptx::wgmma_int8(sum, w[tile][half], x + tile * 4 + half * 2);
       ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
+      if constexpr (grouped) {
+        const int at = inputs.begin + pair * kTiles + tile;
+        const float2 scale = group_scales(op, shares, warp, at);
+        ptx::wgmma_wait<0>();
+        pin(sum);  // the compiler takes the sums for ready where the product was asked for
+        if (ends_group(shares, at)) add_group<M / 2>(sum, total, scale);
+        pin(sum);  // zeros are there before the next wgmma_fence()
+      } else {
+        ptx::wgmma_wait<1>();
+      }
       if (tile > 0 || pair == 0) continue;
       __syncwarp();  // all lanes have read the pair before, and the tensor cores too
       if (lane == 0) ptx::barrier_arrive(&shared.used[Turn(pair - 1).stage]);
     }
   }
   ptx::wgmma_wait<0>();
+  pin(sum);
 }
 
-template <int bits, int act, int M>
+template <bool grouped, class Sum, class Total>
+__device__ __forceinline__ auto& found(Sum& sum, Total& total) {
+  if constexpr (grouped)
+    return total;
+  else
+    return sum;
+}
+
+template <int bits, int act, int M, bool grouped>
 __global__ void __launch_bounds__(kThreads, 1)
 qlinear_int_kernel(const __grid_constant__ QLinear op, const __grid_constant__ Shares shares, const __grid_constant__ CUtensorMap map) {
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -167,34 +192,39 @@ qlinear_int_kernel(const __grid_constant__ QLinear op, const __grid_constant__ S
   }
   __syncthreads();
   int sum[M / 2] = {};
+  float total[grouped ? M / 2 : 1] = {};
   if (warp < kMultipliers)
-    multiply<bits, M>(shared, inputs, sum);
+    multiply<bits, M, grouped>(op, shares, shared, inputs, sum, total);
   else
     Supplier<bits, act, M>{op, shares, inputs, shared, map, int(threadIdx.x) - kMultipliers * 32}.run();
-  if (gridDim.z > 1 && !add_other_sums(shares, kMultipliers * 32, sum)) return;
+  auto& sums = found<grouped>(sum, total);
+  if (gridDim.z > 1 && !add_other_sums(shares, kMultipliers * 32, sums)) return;
   __syncthreads();  // shared memory becomes room for y
   float* out = reinterpret_cast<float*>(memory);
   if (warp < kMultipliers)
-    for (int j = 0; j < M / 8; ++j) put_sums(sum + j * 4, out, j * 8 + lane % 4 * 2, warp * mma::kBand + lane / 4);
+    for (int j = 0; j < M / 8; ++j) put_sums(sums + j * 4, out, j * 8 + lane % 4 * 2, warp * mma::kBand + lane / 4);
   __syncthreads();
-  store_sums(op, out, M, bits == 8 ? 1 : act == 8 ? kTimes : kTimes * kTimes);
+  store_sums<grouped>(op, out, M, bits == 8 ? 1 : act == 8 ? kTimes : kTimes * kTimes);
 }
 
-template <int bits, int act, int M>
+template <int bits, int act, int M, bool grouped>
 void start(const QLinear& op, void* stream) {
   mma::Split split = mma::gemm_split(op, M);
   split.per_block = int(mma::blocks_of(split.per_block, kTiles)) * kTiles;  // but at the end of a row, blocks have whole pairs
   split.count = int(mma::blocks_of(mma::blocks_of(op.k, mma::kTile), split.per_block));
   const dim3 grid(unsigned(mma::blocks_of(op.n, kOutputs)), unsigned(mma::blocks_of(op.m, M)), unsigned(split.count));
   const CUtensorMap map = act == 8 ? tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, op.x_code, op.k, op.m, op.k, M) : CUtensorMap{};
-  launch(qlinear_int_kernel<bits, act, M>, grid, dim3(kThreads), shared_bytes<bits, M>(), stream, op,
+  launch(qlinear_int_kernel<bits, act, M, grouped>, grid, dim3(kThreads), shared_bytes<bits, M>(), stream, op,
          shares_of(op, split), map);
 }
 
 void run(const QLinear& asked, void* stream) {
   if (asked.m == 0) return;
   const QLinear op = with_codes(asked, stream);
-  auto of_types = [&]<int bits, int act>() { op.m <= 64 ? start<bits, act, 64>(op, stream) : start<bits, act, 128>(op, stream); };
+  auto of_types = [&]<int bits, int act>() {
+    if (op.group < op.k) return start<bits, act, 64, true>(op, stream);
+    op.m <= 64 ? start<bits, act, 64, false>(op, stream) : start<bits, act, 128, false>(op, stream);
+  };
   if (op.bits == 8)
     of_types.template operator()<8, 8>();
   else
