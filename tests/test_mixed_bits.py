@@ -33,7 +33,7 @@ def test_the_first_pattern_that_matches_decides():
 
 
 @needs_stories
-@pytest.mark.parametrize("method", ["rtn", "gwq", "gptq", "awq", "rex"])
+@pytest.mark.parametrize("method", ["rtn", "gwq", "gptq", "rsq", "boa", "gpfq", "awq", "rex"])
 def test_every_linear_has_the_bits_of_the_map(tmp_path, text, method):
     options = {"samples": 2, "seq_len": 24} if method != "rtn" else {}
     said = {"down_proj": 8, "self_attn.k_proj": {"bits": 8, "group_size": 32}, "layers.4.*": {"bits": 4, "group_size": 32}}

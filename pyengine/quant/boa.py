@@ -30,6 +30,7 @@ from .calibration import chunks
 from .common import Block, Spec, assemble, require_finite
 from .gptq import Factor
 
+MIXED_BITS = True
 QUERY, KEY, VALUE = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
 
 

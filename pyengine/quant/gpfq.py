@@ -27,6 +27,7 @@ from . import gptq, rounding
 from .columns import COLUMNS, Columns
 from .common import Block, Spec, assemble, require_finite
 
+MIXED_BITS = True
 SAMPLES, SEQ_LEN = gptq.SAMPLES, gptq.SEQ_LEN
 
 

@@ -20,7 +20,8 @@ from . import gptq, rounding
 from .common import Block, Spec
 from .gptq import SINK_WEIGHT, Factor, round_matrix
 
-__all__ = ["collect", "complete", "quantize_block", "round_matrix"]
+__all__ = ["MIXED_BITS", "collect", "complete", "quantize_block", "round_matrix"]
+MIXED_BITS = True
 LEAST = 0.1
 
 
