@@ -222,12 +222,12 @@ def draw(results: dict, file: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed", file=sys.stderr)
         return
-    rows = {name: r for name, r in results["rows"].items() if "perplexity" in r}
-    title = f"{results['model']}, {results['windows']} windows of {results['context']} tokens, groups of {results['group_size']}"
-    points = [(name, r["bits_per_weight"], r["perplexity"]) for name, r in rows.items() if "bits_per_weight" in r]
-    # What is useless anyway would press everything else together.
-    base = rows["float"]["perplexity"]
-    plot.pareto([p for p in points if p[2] < 3 * base], file, title, base)
+    rows = {name: r for name, r in results["rows"].items() if "bits_per_weight" in r}
+    title = f"{results['model']}, {results['windows']} windows of {results['context']} tokens, groups of {results['group_size']}, 16-bit activations"
+    points = [(name, r["bits_per_weight"], r["perplexity"]) for name, r in rows.items() if r["options"].get("act_bits", 16) == 16]
+    # What is far off would press everything else together.
+    base = results["rows"]["float"]["perplexity"]
+    plot.pareto([p for p in points if p[1] < 5 and p[2] < 1.5 * base], file, title, base)
 
 
 def run(args: argparse.Namespace) -> None:

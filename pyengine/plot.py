@@ -35,10 +35,8 @@ def pareto(points: Sequence[tuple[str, float, float]], file: str | Path, title: 
         if not front or point[2] < front[-1][2]:
             front.append(point)
     panel.plot([p[1] for p in front], [p[2] for p in front], color="#c4432b", linewidth=1, zorder=1)
-    for name, bits, perplexity in points:
-        best = (name, bits, perplexity) in front
-        panel.scatter(bits, perplexity, s=28, color="#c4432b" if best else "#8a97a6", zorder=2)
-        panel.annotate(name, (bits, perplexity), (5, 4), textcoords="offset points", fontsize=7)
+    for point in points:
+        panel.scatter(*point[1:], s=28, color="#c4432b" if point in front else "#8a97a6", zorder=2)
     if base is not None:
         panel.axhline(base, color="black", linewidth=0.8, linestyle=":")
         panel.annotate("float", (1, base), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7, ha="right")
@@ -51,4 +49,21 @@ def pareto(points: Sequence[tuple[str, float, float]], file: str | Path, title: 
     panel.set_title(title, fontsize=9)
     panel.margins(x=0.12)
     panel.spines[["top", "right"]].set_visible(False)
+    _name(panel, front + [p for p in points if p not in front])
     figure.savefig(file, dpi=100)
+
+
+def _name(panel, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write the names beside the points, the first ones' first, where they cover no other; one that has no room goes without."""
+    figure, taken = panel.figure, []
+    figure.draw_without_rendering()  # what is where is known from now on
+    figure.set_layout_engine("none")
+    for name, bits, perplexity in points:
+        for x, y in ((5, 4), (5, -9), (-5, 4), (-5, -9), (5, 11), (-5, 11)):
+            side = "left" if x > 0 else "right"
+            text = panel.annotate(name, (bits, perplexity), (x, y), textcoords="offset points", fontsize=7, ha=side)
+            box = text.get_window_extent()
+            if box.x0 >= 0 and box.x1 <= figure.bbox.x1 and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
