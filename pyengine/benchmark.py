@@ -89,9 +89,9 @@ def kernel_shares(step: Callable[[int], None], steps: int) -> dict[str, float]:
 def measure(engine: Engine, prompt: int = 512, decode: int = 128, batch: int = 1, runs: int = 5) -> dict:
     """Medians over `runs` after one that is not counted. Tokens are random: their values do not matter for speed.
 
-    Returns prefill_tok_s and decode_tok_s (over the whole batch), gb_per_s (weights and KV cache read while decoding), outside_kernels (the share of
-    decoding), prefill_kernels and decode_kernels (the share of each kernel in the time inside of them), rss_mib (the peak), memory in MiB as it is held in the end (resident, of which bare torch, weights and KV cache; beyond is the rest),
-    threads, kernels.
+    Returns prefill_tok_s and decode_tok_s (over the whole batch), gb_per_s (weights and KV cache read while decoding), outside_kernels (the
+    share of decoding), prefill_kernels and decode_kernels (the share of each kernel in the time inside of them), rss_mib (the peak), memory in
+    MiB as it is held in the end (resident, of which bare torch, weights and KV cache; beyond is the rest), threads, kernels.
     """
     for name, value in {"prompt": prompt, "decode": decode, "batch": batch, "runs": runs}.items():
         if value < 1:

@@ -205,8 +205,8 @@ def silu_mul(x: Tensor, out: Tensor | None = None, kernel: str = "", program: Pr
 
 def transform(
     x: Tensor, a: int, b: int, *, left: Tensor | None = None, right: Tensor | None = None, weight: Tensor | None = None, eps: float = 0.0,
-    gated: bool = False, exact: bool = False, out: Tensor | None = None, codes: tuple[Tensor, Tensor] | None = None, bits: int = 8, clip: Tensor | None = None,
-    kernel: str = "", program: Program | None = None,
+    gated: bool = False, exact: bool = False, out: Tensor | None = None, codes: tuple[Tensor, Tensor] | None = None, bits: int = 8,
+    clip: Tensor | None = None, kernel: str = "", program: Program | None = None,
 ) -> Tensor | None:  # fmt: skip
     """leftᵀ · mat(v)[a, b] · right of every token of x f32[m, a·b] → f32[m, a·b]; v is x, RMSNorm(x)·weight, or silu(gate)·up of x f32[m, 2·a·b].
 
@@ -276,7 +276,8 @@ def rope_kv(
     """Turn q of qkv f32[m, (heads + 2·kv_heads)·head_dim] in place; write turned k and v to the cache (see `_cache`) at (slot, position) i32[m].
 
     cos, sin f32[length, head_dim/2]. `basis` f32[head_dim, head_dim] twice: what q and k of every head are multiplied by after the rotation.
-    `clip` f32[2] twice: ratios of k and v for a cache of 4 bits. `exact` keeps to f32 where bf16 would be quicker. The caller keeps slots and positions within the cache (`Batch` checks them).
+    `clip` f32[2] twice: ratios of k and v for a cache of 4 bits. `exact` keeps to f32 where bf16 would be quicker. The caller
+    keeps slots and positions within the cache (`Batch` checks them).
     """
     m, kv_heads, head_dim = qkv.shape[0], k.shape[1], _head_dim(k)
     _check_rows("rope_kv", slot, position, m)

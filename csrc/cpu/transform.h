@@ -72,7 +72,8 @@ void write_token(const Transform& op, int64_t i, const float* t) {
   op.scale[i] = write_codes<V>(t, op.n, op.bits, op.clip, static_cast<uint8_t*>(op.code) + i * op.n * op.bits / 8);
 }
 
-// One token. y, or where codes alone are asked for a buffer, takes the result of `right`, made from a few rows of mat(v) at a time; then in place that of `left`, a few columns at a time.
+// One token. y, or where codes alone are asked for a buffer, takes the result of `right`, made from a few rows of mat(v) at a time; then in
+// place that of `left`, a few columns at a time.
 template <class V>
 struct TransformRow {
   static constexpr int64_t kRowsAtOnce = 6;

@@ -9,12 +9,13 @@ The paper ranks weights by |gradient| of one sample. `score` names what ranks th
     hdiag_dw2   sum_t x_t^2 * (w - Q(w))^2  the layer's output error instead of the loss: needs no backward pass
     abs_w       |w|                         needs no text
 
-Q(w) is what the rounding that follows makes of the matrix when it keeps no weight back: to nearest, or with the corrections of GPTQ and its
-kin, which may move a weight further than a step and others not at all. g_s is the gradient of the mean next-token cross-entropy of sample s; the absolute value or square is taken before the sum,
-because gradients of different samples cancel. `scope` says where a score's best are looked for (quant/outliers.py): in the
-whole model if the score estimates the loss, else in each matrix by itself. The gradient walk holds one block: a forward pass
-leaves every block's inputs in files, then blocks are recomputed from last to first. Each leaves its mask and the gradient of
-its inputs, both renamed into place, so that a run that was cut short continues at the block it was in.
+Q(w) is what the rounding that follows makes of the matrix when it keeps no weight back: to nearest, or with the corrections of
+GPTQ and its kin, which move some weights further than a step and others not at all. g_s is the gradient of the mean next-token
+cross-entropy of sample s; the absolute value or square is taken before the sum, because gradients of different samples cancel.
+`scope` says where a score's best are looked for (quant/outliers.py): in the whole model if the score estimates the loss, else in
+each matrix by itself. The gradient walk holds one block: a forward pass leaves every block's inputs in files, then blocks are
+recomputed from last to first. Each leaves its mask and the gradient of its inputs, both renamed into place, so that a run that was
+cut short continues at the block it was in.
 """
 
 from __future__ import annotations
