@@ -13,11 +13,13 @@ import torch
 
 from pyengine.cache import Batch
 from pyengine.errors import CheckpointError
+from pyengine.evaluate import score
 from pyengine.formats import open_checkpoint
 from pyengine.loader import build, load
 from pyengine.models.llama import LINEARS, SITES
 from pyengine.quant.calibration import FloatModel
-from pyengine.quantizer import quantize
+from pyengine.quant.simulate import Simulation
+from pyengine.quantizer import load_method, methods, quantize
 from pyengine.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -105,6 +107,20 @@ def test_quantized_to_8_bits_keeps_its_biases(tmp_path, stories):
     assert {n for n in LINEARS if f"model.layers.1.{n}.bias" in checkpoint.shapes} == set(BIASED)
     got, expected = (logits(build(open_checkpoint(tmp_path / x)), list(range(1, 100))) for x in ("q", "hf"))
     assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_takes_it_and_the_kernels_compute_what_is_stored(method, tmp_path, stories, text):
+    """Simulated in torch from the tensors of the checkpoint, biases, transforms, outliers and all."""
+    random_model(tied=False).save_pretrained(tmp_path / "hf")
+    shutil.copy(stories / "tokenizer.model", tmp_path / "hf")
+    options = {"steps": 1} if hasattr(load_method(method), "STEPS") else {}
+    options |= {"auto": {"target_bits": 6.0}, "smoothquant": {"act_bits": 8}}.get(method, {})
+    options |= {"samples": 2, "seq_len": 24} if method not in ("rtn", "rex", "quarot") else {}
+    quantize(tmp_path / "hf", tmp_path / "q", method, calib=text, group_size=32, progress=lambda items, label: items, **options)
+    ids = torch.randint(0, 512, (1, 100), generator=torch.Generator().manual_seed(1))
+    found = score(load(tmp_path / "q"), ids.tolist()).loss
+    assert (found - Simulation(open_checkpoint(tmp_path / "q")).losses(ids)[0]).abs().max() < 0.1
 
 
 def test_refusals(tmp_path):

@@ -1,7 +1,7 @@
 """Model architectures: one file for each `model_type` of config.json, found by its name.
 
-A file exports Config, SITES (linears by the input they share), LINEARS, NORMS, rope_table, block_forward (differentiable torch, for
-calibration), Block and Model (on our kernels).
+A file exports Config, SITES (linears by the input they share), LINEARS, NORMS, GATED, rope_table, block_forward and rms_norm (of the last
+block's output; differentiable torch both, for calibration), Block and Model (on our kernels).
 """
 
 from __future__ import annotations

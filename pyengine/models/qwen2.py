@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from . import llama
-from .llama import GATED, LINEARS, NORMS, SITES, Block, Model, block_forward, rope_table
+from .llama import GATED, LINEARS, NORMS, SITES, Block, Model, block_forward, rms_norm, rope_table
 
-__all__ = ["GATED", "LINEARS", "NORMS", "SITES", "Block", "Config", "Model", "block_forward", "rope_table"]
+__all__ = ["GATED", "LINEARS", "NORMS", "SITES", "Block", "Config", "Model", "block_forward", "rms_norm", "rope_table"]
 
 
 @dataclass
