@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import commit, machine  # noqa: E402
 
 from pyengine import demo  # noqa: E402
-from pyengine.evaluate import Scores, score, summary  # noqa: E402
+from pyengine.evaluate import score, summary  # noqa: E402
 from pyengine.files import read_text  # noqa: E402
 from pyengine.formats import open_checkpoint  # noqa: E402
 from pyengine.loader import load  # noqa: E402
@@ -47,10 +48,10 @@ ROWS = {
 
 def measure(folder: str, windows: torch.Tensor) -> dict:
     """Perplexity of a checkpoint over windows i64[samples, t]: simulated, by the kernels, and how far the second is from the first."""
-    simulated = Scores(Simulation(open_checkpoint(folder)).losses(windows).flatten(), 1.0)
-    found = summary(score(load(folder), windows.tolist()), simulated.loss)
+    simulated = Simulation(open_checkpoint(folder)).losses(windows).flatten()
+    found = summary(score(load(folder), windows.tolist()), simulated)
     kept = {key: found[key] for key in ("perplexity", "nll_difference", "nll_difference_standard_error")}
-    return {"simulated_perplexity": summary(simulated)["perplexity"]} | kept
+    return {"simulated_perplexity": math.exp(simulated.double().mean())} | kept
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
         same = {"recipe", *settings}
         results["rows"] = [r for r in results["rows"] if any(r[key] != row[key] for key in same)] + [row]
         file.write_text(json.dumps(results, indent=1) + "\n")
-        apart = f"{row['nll_difference']:+.4f} ± {row['nll_difference_standard_error']:.4f}"
+        error = row["nll_difference_standard_error"]  # none of a single piece
+        apart = f"{row['nll_difference']:+.4f} ± " + ("–" if error is None else f"{error:.4f}")
         print(f"| {name} | {row['simulated_perplexity']:.2f} | {row['perplexity']:.2f} | {apart} | {made:.0f} |", flush=True)
 
 

@@ -25,6 +25,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +87,8 @@ def prepare(model: FloatModel, batches: Batches, spec: Spec) -> dict:
             best.see(load(_candidates_file(folder, i, name)))
     for i, weights, statistics in backward(model, batches, folder, spec.score):
         block = Block(i, f"model.layers.{i}.", weights, model.arch.SITES, batches.forward, folder, model.config, (batches.cos, batches.sin))
-        block.quantized_inputs = lambda i=i: batches.inputs(i)  # no block before is quantized yet
-        scores = sensitivities(block, statistics, lambda i=i: batches.inputs(i), spec)
+        block.quantized_inputs = inputs = partial(batches.inputs, i)  # no block before is quantized yet
+        scores = sensitivities(block, statistics, inputs, spec)
         if spec.scope == "global":
             for name, score in scores.items():
                 save(_candidates_file(folder, i, name), best.add(score))
@@ -187,7 +188,7 @@ def sensitivities(block: Block, statistics: dict[str, Tensor], inputs: Callable[
     """f32[n, k] by name: how much is lost by rounding each weight. Statistics are f32[n, k], f32[k] (hdiag_dw2) or none (abs_w)."""
     errors = rounding_errors(block, inputs, spec) if "dw" in spec.score else {}
     scores = {}
-    for name in statistics or block.linears:
+    for name in block.linears:
         w, error = block.weights[f"{name}.weight"], errors.get(name)
         if spec.score == "abs_w":
             scores[name] = w.abs()
