@@ -311,7 +311,8 @@ def test_columns_beyond_16_bits(kernel):
 def test_packing_has_an_exact_inverse(bits, layout):
     for n, k, group in SHAPES:
         w = random_weight(n, k, group, bits, asymmetric=True)
-        op = Linear(w, 16, "qlinear_reference")._op
+        layer = Linear(w, 16, "qlinear_reference")  # holds what the op points to
+        op = layer._op
         packed = ops.pack(op, layout)
         back = [torch.empty_like(t) for t in (w.weight, w.scale, w.zero)]
         op.unpack(*(t.data_ptr() for t in back))
@@ -327,7 +328,8 @@ def test_packed_outliers_are_the_csr_ones(layout, mask):
         w = random_weight(n, k, 32, mask=mask)
         if not w.outliers:
             continue
-        op = Linear(w, 16, "qlinear_reference")._op
+        layer = Linear(w, 16, "qlinear_reference")  # holds what the op points to
+        op = layer._op
         tensors = ops.pack(op, layout)
         index = 4 if k > 65536 else 2
         band = tensors["outlier_band"].numpy().view([("first", "<u4"), ("run", "<u4"), ("runs", "<u4"), ("steps", "u1", 16), ("row", "u1", 128)])
@@ -371,7 +373,8 @@ def test_the_tile_list_of_outliers_has_an_exact_inverse(mask):
         w = random_weight(n, k, group, mask=mask)
         if not w.outliers:
             continue
-        op = Linear(w, 16, "qlinear_reference")._op
+        layer = Linear(w, 16, "qlinear_reference")  # holds what the op points to
+        op = layer._op
         offset, entry = (torch.empty(count, dtype=torch.int32) for count in op.outlier_counts())
         op.pack_outliers(offset.data_ptr(), entry.data_ptr())
         tiles = (k + 63) // 64
