@@ -55,9 +55,7 @@ void run_once(const Kernel<Op>& kernel, const Op& op) {
 namespace {
 // The codes of activations as Transform makes them for the linears of a site: a time of its own, not that of a linear.
 void give_codes(QLinear& op, std::vector<Memory>& owned) {
-  Transform quantizer;
-  quantizer.m = op.m, quantizer.n = quantizer.b = op.k, quantizer.a = 1, quantizer.dtype = op.dtype;
-  quantizer.x = op.x, quantizer.x_stride = op.x_stride, quantizer.bits = op.act_bits;
+  Transform quantizer = pe::quantizer_of(op);
   owned.emplace_back(size_t(op.m * op.k * op.act_bits / 8));
   op.x_code = quantizer.code = owned.back().data();
   owned.emplace_back(size_t(op.m) * 4);

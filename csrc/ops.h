@@ -179,6 +179,14 @@ struct Transform {
   float* scale = nullptr;
 };
 
+// What makes the codes of a linear's activations, but for where they go: Transform without factors.
+inline Transform quantizer_of(const QLinear& op) {
+  Transform quantizer;
+  quantizer.m = op.m, quantizer.n = quantizer.b = op.k, quantizer.a = 1, quantizer.dtype = op.dtype;
+  quantizer.x = op.x, quantizer.x_stride = op.x_stride, quantizer.bits = op.act_bits, quantizer.clip = op.act_clip;
+  return quantizer;
+}
+
 // y[m,n] = silu(x[m, 0:n]) · x[m, n:2n]; x holds gate and up side by side.  Bound: 1e-6 relative for f32; f16 and bf16 add the rounding
 // of y, 2^-11 or 2^-8.
 struct SiluMul {

@@ -25,8 +25,6 @@ constexpr int64_t kOutputs = 32;     // of a block: two tiles, side by side, or 
 constexpr int64_t kPanel = 1728;     // inputs between two visits of all outputs: 512 tokens of them stay in L2
 constexpr int64_t kLeastTokens = 16;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Chunk {
   const QLinear& op;
   int64_t first, m;       // tokens

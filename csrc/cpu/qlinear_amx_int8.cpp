@@ -44,8 +44,6 @@ struct Int8Slab {
   int8_t* tile(int64_t t, int64_t at) { return w[(t - begin) * width + at]; }
 };
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Int8Tiles : QLinearTile<V> {
   int64_t steps;         // tiles of inputs in a row
   bool gates;            // results are gated here: even tiles of outputs are gates, and the odd one behind is what they gate

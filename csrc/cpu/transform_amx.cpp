@@ -15,8 +15,6 @@ constexpr int64_t kMost = 128;           // of a factor
 constexpr int64_t kGroupFloats = 2048;   // sums of a group of several tokens: with the operands they fill L1
 constexpr int64_t kLeastTokens = 16, kTaskTokens = 64, kTogether = 4;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Memory of a task, on the stack of its thread.
 struct Room {
   // The factors; a group's mat(v), and what is between the products. A factor below 32 is padded to twice its tiles.

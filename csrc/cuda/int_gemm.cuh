@@ -36,10 +36,7 @@ inline QLinear with_codes(QLinear op, void* stream) {
   if (op.x_code) return op;
   const mma::CodesPlace place = mma::codes_place(op);
   char* workspace = static_cast<char*>(op.workspace);
-  Transform quantizer;
-  quantizer.m = op.m, quantizer.n = quantizer.b = op.k, quantizer.a = 1;
-  quantizer.dtype = op.dtype, quantizer.x = op.x, quantizer.x_stride = op.x_stride;
-  quantizer.bits = op.act_bits, quantizer.clip = op.act_clip;
+  Transform quantizer = quantizer_of(op);
   quantizer.code = workspace + place.code, quantizer.scale = reinterpret_cast<float*>(workspace + place.scale);
   pe::run(quantizer, stream);
   op.x_code = quantizer.code, op.x_scale = quantizer.scale;

@@ -8,6 +8,10 @@
 
 namespace pe {
 
+namespace {
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+}  // namespace
+
 struct Amx {
   static constexpr int64_t rows = 16, inputs = 32;          // of a bf16 tile: 16 rows of 32, or 16 pairs of inputs for 16 outputs
   static constexpr int64_t elements = rows * inputs;
