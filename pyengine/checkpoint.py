@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError
 
-SINGLE_FILE_BYTES = 512 << 20  # up to here the shards become one model.safetensors; merging holds it in memory twice
+SINGLE_FILE_BYTES = 512 << 20  # up to here the shards become one model.safetensors
 
 
 def write_file(path: Path, chunks: Iterable) -> None:
@@ -31,8 +31,15 @@ def write_file(path: Path, chunks: Iterable) -> None:
     with open(temporary, "wb") as f:
         for chunk in chunks:
             f.write(chunk)
-        f.flush()
-        os.fsync(f.fileno())
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """`write_file` of a safetensors file. save_file() writes from where the tensors lie; save() would hold all of them twice."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({k: t.contiguous() for k, t in sorted(tensors.items())}, temporary, metadata={"format": "pt"})
+    _sync(temporary)
     os.replace(temporary, path)
 
 
@@ -73,7 +80,7 @@ class Writer:
         return self._single.exists() or self._shard(part).exists()
 
     def write(self, part: int, tensors: dict[str, Tensor]) -> None:
-        write_file(self._shard(part), (_safetensors(tensors),))
+        _write_tensors(self._shard(part), tensors)
 
     def read(self, part: int) -> dict[str, Tensor]:
         """The tensors of a part that is finished, before `finish`."""
@@ -83,10 +90,7 @@ class Writer:
         """Merge small shards, write index, tokenizer and config, move everything to OUT. Returns the bytes of each tensor."""
         shards = [self._shard(i) for i in range(self.parts)]
         if not self._single.exists() and sum(s.stat().st_size for s in shards) <= SINGLE_FILE_BYTES:
-            tensors: dict[str, Tensor] = {}
-            for shard in shards:
-                tensors.update(_read(shard))
-            write_file(self._single, (_safetensors(tensors),))
+            _write_tensors(self._single, {name: t for shard in shards for name, t in _read(shard).items()})
         if self._single.exists():
             for shard in shards:
                 shard.unlink(missing_ok=True)
@@ -129,10 +133,6 @@ def _require_same(partial: Path, stored: dict, wanted: dict) -> None:
 
 def _json(value: dict) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _safetensors(tensors: dict[str, Tensor]) -> bytes:
-    return save({k: t.contiguous() for k, t in sorted(tensors.items())}, metadata={"format": "pt"})
 
 
 def _read(path: Path) -> dict[str, Tensor]:
