@@ -34,6 +34,11 @@ class Transform:
     left: Tensor | None
     right: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a checkpoint, which holds f16."""
+        return sum(2 * t.numel() for t in (self.left, self.right) if t is not None)
+
 
 @dataclass
 class SiteInput:
@@ -92,6 +97,11 @@ class HeadBasis:
 
     basis: tuple[Tensor, Tensor] | None = None
     clip: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the basis in a checkpoint, which holds f16."""
+        return sum(2 * t.numel() for t in self.basis or ())
 
 
 def read_site(checkpoint: Checkpoint, name: str, k: int) -> tuple[Transform | None, Tensor | None]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from pyengine.errors import CheckpointError
 from pyengine.files import read_text
 from pyengine.formats import open_checkpoint
+from pyengine.inspect import describe, linear_bits
 from pyengine.loader import load
 from pyengine.models import llama
 from pyengine.qtensor import QTensor
@@ -83,6 +84,13 @@ def test_a_change_of_basis_leaves_the_model_as_it_was(stories, tmp_path):
     expected, got = load(stories).logits(ids), same.logits(ids)
     assert (got - expected).abs().max() <= 2e-3 * expected.abs().max()  # keys and values in other bases round to other halves
     assert same.generate("Once upon a time", 40)[0].tokens == load(stories).generate("Once upon a time", 40)[0].tokens
+
+
+def test_bits_per_weight_count_the_transforms(stories, tmp_path):
+    path = write_model(tmp_path / "quantized", stories, bits=4, act_bits=16)
+    found = describe(open_checkpoint(path))
+    clips = found["layers"] * (len(llama.SITES) + 2) * 8  # bytes that a loaded model does not count
+    assert linear_bits(load(path).model) * found["linear_weights"] / 8 == found["bits_per_weight"] * found["linear_weights"] / 8 - clips
 
 
 def fake_quantized(v: torch.Tensor, bits: int, clip: torch.Tensor, symmetric: bool) -> torch.Tensor:

@@ -195,6 +195,7 @@ class Block(nn.Module):
         self.exact = isinstance(self.qkv, Dense)  # who runs float weights wants float results
         sites = [_site(c, t, norm, weight_layers(layer), self.exact) for t, norm, layer in zip(transforms, before, linears)]
         self.attn_in, self.o_in, self.mlp_in, self.down_in = sites
+        self.transform_bytes = heads.nbytes + sum(t.nbytes for t in transforms if t is not None)  # in a checkpoint
 
     def forward(self, rows: Rows, kv: LayerCache, rope: tuple[Tensor, Tensor], program: ops.Program | None) -> None:
         """Updates rows.x in place, now or whenever `program` runs."""
