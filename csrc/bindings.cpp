@@ -176,6 +176,16 @@ void bind_elementwise(py::module_& m, py::class_<Program>& program) {
   pointer(silu, "x", &SiluMul::x), pointer(silu, "y", &SiluMul::y), dtype(silu, &SiluMul::dtype);
 }
 
+void bind_round_columns(py::module_& m, py::class_<Program>& program) {
+  auto c = bind<RoundColumns>(m, program, "RoundColumns");
+  c.def_readonly_static("tile", &RoundColumns::tile).def_readonly_static("block", &RoundColumns::block).def_readwrite("n", &RoundColumns::n).def_readwrite("k", &RoundColumns::k);
+  c.def_readwrite("groups", &RoundColumns::groups).def_readwrite("low", &RoundColumns::low).def_readwrite("high", &RoundColumns::high);
+  c.def_readwrite("excess", &RoundColumns::excess);
+  pointer(c, "scale", &RoundColumns::scale), pointer(c, "zero", &RoundColumns::zero), pointer(c, "group", &RoundColumns::group);
+  pointer(c, "mask", &RoundColumns::mask), pointer(c, "base", &RoundColumns::base), pointer(c, "coupling", &RoundColumns::coupling);
+  pointer(c, "value", &RoundColumns::value), pointer(c, "code", &RoundColumns::code);
+}
+
 void bind_transform(py::module_& m, py::class_<Program>& program) {
   auto c = bind<Transform>(m, program, "Transform");
   c.def_readwrite("m", &Transform::m).def_readwrite("n", &Transform::n).def_readwrite("a", &Transform::a).def_readwrite("b", &Transform::b);
@@ -217,6 +227,7 @@ PYBIND11_MODULE(_C, m) {
   auto program = bind_program(m);
   bind_qlinear(m, program);
   bind_elementwise(m, program);
+  bind_round_columns(m, program);
   bind_transform(m, program);
   bind_attention(m, program);
   m.def("advise_large_pages", [](uintptr_t p, size_t bytes) { advise_large_pages(reinterpret_cast<void*>(p), bytes); });

@@ -29,6 +29,7 @@ template std::vector<Kernel<Transform>>& kernels();
 template std::vector<Kernel<RopeKV>>& kernels();
 template std::vector<Kernel<Attention>>& kernels();
 template std::vector<Kernel<Sample>>& kernels();
+template std::vector<Kernel<RoundColumns>>& kernels();
 template struct Row<QLinear>;
 template struct Row<Embedding>;
 template struct Row<ScatterAdd>;
@@ -38,6 +39,7 @@ template struct Row<Transform>;
 template struct Row<RopeKV>;
 template struct Row<Attention>;
 template struct Row<Sample>;
+template struct Row<RoundColumns>;
 
 #if defined(__x86_64__)
 namespace {

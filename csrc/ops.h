@@ -196,6 +196,28 @@ struct SiluMul {
   float* y = nullptr;
 };
 
+// Rounds a weight's columns one after another, each to the codes of its grid, and has the columns still to come make up for its error: what
+// GPTQ, GPFQ and coordinate descent share (pyengine/quant/columns.py).
+//   code = clamp(round(value[j] / s) + z, low, high) and q = (code − z) · s, with s and z of group[j]; q = value[j] as f16 where mask[j] is 1;
+//   value[c] += coupling[c, j] · (q − base[j]) for all c > j, where base is value if there is none.
+// Afterwards value[j] is what it was when its turn came, and code has excess added. Each output goes its own way: arrays hold tiles of 32
+// of them, value, base, mask and code [n/32][k][32], scale and zero [n/32][groups][32]; coupling is [⌈k/16⌉][k][16], with j in blocks of 16, so that
+// what a block does to the rest is read in one stream. Additions go in the order of j, each an fma, so that all
+// kernels give the same bits, however many threads there are. Scales are not 0.
+struct RoundColumns {
+  static constexpr int64_t tile = 32, block = 16;
+  int64_t n = 0, k = 0, groups = 0;   // n is a multiple of the tile
+  int low = 0, high = 0, excess = 0;
+  const float* scale = nullptr;
+  const float* zero = nullptr;        // nullable
+  const int32_t* group = nullptr;     // [k]
+  const uint8_t* mask = nullptr;      // nullable, 0 or 1
+  const float* base = nullptr;        // nullable
+  const float* coupling = nullptr;    // only what is left of the diagonal, j < c, is read
+  float* value = nullptr;
+  uint8_t* code = nullptr;
+};
+
 // The keys and values of one layer: f16[slot][head][length][head_dim], true GQA (never repeated heads). With bits 8 they are codes
 // i8 in the same places, each worth scale · code, with a scale for each key and for each value of a head: f32[slot][head][length], whose
 // strides are those of the codes divided by head_dim. f32, for f16 would run out of digits below max|v| = 0.008 to save 3 % at head_dim 64.

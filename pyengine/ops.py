@@ -56,7 +56,7 @@ def kernels(device: int = -1) -> dict[str, list[dict]]:
 
     GPUs differ: `device` is the number of the one that CUDA rows are asked about, −1 the current one.
     """
-    every = (_C.QLinear, _C.Embedding, _C.ScatterAdd, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention, _C.Sample)
+    every = (_C.QLinear, _C.Embedding, _C.ScatterAdd, _C.RmsNorm, _C.SiluMul, _C.Transform, _C.RopeKV, _C.Attention, _C.Sample, _C.RoundColumns)
     return {op.__name__: op.kernels(device) for op in every}
 
 
@@ -201,6 +201,43 @@ def silu_mul(x: Tensor, out: Tensor | None = None, kernel: str = "", program: Pr
     op.y = _contiguous(out, "silu_mul: out", float32, (m, n)).data_ptr()
     go(op, kernel, program, x, out)
     return out
+
+
+def round_columns(
+    value: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor, coupling: Tensor, limits: tuple[int, int], excess: int,
+    mask: Tensor | None = None, base: Tensor | None = None, kernel: str = "",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Round the columns of value f32[n, k] in turn to codes within limits, each passing on what that changed: see RoundColumns in csrc/ops.h.
+
+    scale and zero f32[n, groups], group i32[k] below groups, coupling f32[k, k], mask bool[n, k], base f32[n, k] → (codes + excess u8[n, k],
+    f32[n, k]: the values as they were when their turn came).
+    """
+    (n, k), groups, tile, block = value.shape, scale.shape[1], _C.RoundColumns.tile, _C.RoundColumns.block
+
+    def tiles(t: Tensor | None, name: str, shape: tuple[int, int], dtype: torch.dtype = float32, fill: float = 0) -> Tensor | None:
+        if t is None:
+            return None
+        check(t, f"round_columns: {name}", dtype, shape)
+        padded = torch.nn.functional.pad(t, (0, 0, 0, -n % tile), value=fill)
+        return padded.view(-1, tile, shape[1]).transpose(1, 2).contiguous()
+
+    def rows(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).reshape(-1, k)[:n].contiguous()
+
+    held = {
+        "value": tiles(value, "value", (n, k)), "scale": tiles(scale, "scale", (n, groups), fill=1.0), "zero": tiles(zero, "zero", (n, groups)),
+        "mask": tiles(mask, "mask", (n, k), torch.bool), "base": tiles(base, "base", (n, k)),
+        "group": _contiguous(group, "round_columns: group", int32, (k,)),
+    }  # fmt: skip
+    check(coupling, "round_columns: coupling", float32, (k, k))
+    held["coupling"] = torch.nn.functional.pad(coupling, (0, -k % block)).view(k, -1, block).transpose(0, 1).contiguous()
+    held["code"] = torch.empty(held["value"].shape, dtype=uint8)
+    op = _C.RoundColumns()
+    op.n, op.k, op.groups, (op.low, op.high), op.excess = held["value"].shape[0] * tile, k, groups, limits, excess
+    for name, t in held.items():
+        setattr(op, name, 0 if t is None else t.data_ptr())
+    go(op, kernel, None)
+    return rows(held["code"]), rows(held["value"])
 
 
 def transform(

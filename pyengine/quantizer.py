@@ -45,7 +45,7 @@ HELPERS = (
 )  # fmt: skip
 HEAD_ROWS = 4096  # of the output matrix that are quantized at once
 HEAD_GROUP = 32  # the block of GGUF's Q8_0: an output matrix that comes as Q8_0 stays exactly what it was
-VERSION = 3  # of what is written: one more when the same options give other bytes
+VERSION = 4  # of what is written: one more when the same options give other bytes
 
 
 def methods() -> list[str]:

@@ -46,6 +46,12 @@ def stories(data) -> Path:
 
 
 @pytest.fixture
+def float32_products(monkeypatch):
+    """Matrix products of calibration as a CPU without bfloat16 tiles makes them."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+
+
+@pytest.fixture
 def text(tmp_path) -> Path:
     """A text to calibrate on, of some 1000 tokens."""
     file = tmp_path / "text.txt"

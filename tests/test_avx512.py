@@ -31,7 +31,7 @@ def test_emulated_kernels(tmp_path):
     for command in (["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], ["cmake", "--build", build, "--target", "_C"]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     module = next(tmp_path.glob("_C*.so"))
-    tests = [ROOT / "tests" / f"test_{name}.py" for name in ("kernels", "bounds", "kv_cache", "kv_cache4", "transform", "rope_amx", "amx_int8")]
+    tests = [ROOT / "tests" / f"test_{name}.py" for name in ("kernels", "bounds", "kv_cache", "kv_cache4", "transform", "rope_amx", "amx_int8", "round_columns")]
     options = ["-k", "avx512 or amx or packing or packed", f"--native-module={module}", "-p", "no:cacheprovider"]
     done = subprocess.run([sys.executable, "-m", "pytest", *tests, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,5 +1,6 @@
 """GPTQ against the closed form it unrolls, the streams it learns from, and rounding as an option of other methods."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -54,8 +55,7 @@ def closed_form(w, h, scale, zero, spec, mask, order):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [0, 32])
-def test_matrix_equals_the_closed_form(monkeypatch, bits, symmetric, group_size):
-    monkeypatch.setattr(gptq, "COLUMNS", 24)  # the last gathering of columns is ragged
+def test_matrix_equals_the_closed_form(bits, symmetric, group_size):
     g = torch.Generator().manual_seed(bits)
     w, mask, x = torch.randn(5, 64, generator=g), torch.rand(5, 64, generator=g) < 0.1, correlated(200, 64)
     order = torch.randperm(64, generator=g)
@@ -106,6 +106,7 @@ def batches(model, tmp_path):
 
 
 @needs_stories
+@pytest.mark.usefixtures("float32_products")
 def test_statistics_are_those_of_the_quantized_model(model, batches, monkeypatch):
     """Every site's Gram is of what the quantized block before it and the quantized sites before it compute."""
     spec, seen, real = Spec(group_size=32, rounding="gptq", grid="search"), [], gptq.factorise
@@ -125,6 +126,26 @@ def test_statistics_are_those_of_the_quantized_model(model, batches, monkeypatch
     for site, h in zip(llama.SITES, seen, strict=True):
         want = gptq.gram([inputs[site]], gptq.first_token(x))
         assert float((h - want).norm() / want.norm()) < 1e-5, site
+
+
+@needs_stories
+def test_bfloat16_tiles_change_the_statistics_little(model, batches, monkeypatch, tmp_path):
+    """As on a CPU that has them; torch runs bfloat16 products on any. The float stream stays float32."""
+    quantized = {n: quantize_matrix(model.block(0)[f"{n}.weight"], Spec(group_size=32)) for n in llama.LINEARS}
+    norms = {f"model.layers.0.{n}.weight": model.block(0)[f"{n}.weight"] for n in llama.NORMS}
+    finished = {f"model.layers.0.{n}.{key}": t for n, q in quantized.items() for key, t in q.tensors().items()} | norms
+    streams, grams = [], []
+    for tiles in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles, raising=False)
+        (tmp_path / f"{tiles}").mkdir()
+        b = dataclasses.replace(batches, folder=tmp_path / f"{tiles}", finished=lambda i: finished)
+        streams.append((b.inputs(1).clone(), b.quantized_inputs(1).clone()))
+        block = Block(1, "b.", model.block(1), llama.SITES, b.forward, b.folder)
+        grams.append([gptq.gram(rounding.site_inputs(block, block.weights, site, streams[0][1]), torch.ones(4, 24)) for site in llama.SITES])
+    assert torch.equal(streams[0][0], streams[1][0])
+    assert 0 < float((streams[0][1] - streams[1][1]).norm() / streams[0][1].norm()) < 0.01
+    for site, h, near in zip(llama.SITES, *grams, strict=True):
+        assert float((h - near).norm() / h.norm()) < 0.01 and (site == "attn_in" or not torch.equal(h, near)), site
 
 
 @needs_stories

@@ -59,6 +59,7 @@ def close(a, b):
     return float((a - b).norm() / b.norm()) < 1e-4
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("score", ["abs_g", "sq_g"])
 def test_walk_equals_autograd_over_the_whole_model(model, batches, monkeypatch, score):
     monkeypatch.setattr(gwq, "HEAD_TOKENS", 16)  # several chunks, the last one ragged
@@ -72,6 +73,7 @@ def test_walk_equals_autograd_over_the_whole_model(model, batches, monkeypatch, 
             assert close(statistic, sum(g.abs() if score == "abs_g" else g**2 for g in grads)), (i, name)
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("score", ["abs_g", "sq_g", "abs_g_dw", "fisher_dw2"])
 def test_prepare_leaves_the_masks_of_these_gradients(model, batches, score):
     spec = Spec(group_size=32, score=score, scope="tensor", rounding="rtn")
@@ -99,13 +101,13 @@ def test_prepare_leaves_the_masks_of_these_gradients(model, batches, score):
 
 @pytest.mark.parametrize("name", ["gptq", "boa", "flexround"])
 def test_scores_price_what_the_rounding_changes(model, batches, name):
-    """By GPTQ and its kin the errors are their own; FlexRound, which would learn the block twice, is stood in for by rounding to nearest."""
+    """By GPTQ and its kin the errors are their own, but for what comes after the last column; FlexRound, which would learn the block twice, is stood in for by rounding to nearest."""
     spec = gwq.complete(Spec(group_size=32, scope="tensor", rounding=name, outliers=0.02, samples=3, seq_len=40, steps=1))
     gwq.prepare(model, batches, spec)
     i, first = model.blocks - 1, gwq.gradient_batches(batches, spec)
     b = dataclasses.replace(block(model, first, i), config=model.config, rope=(first.cos, first.sin), quantized_inputs=lambda: first.inputs(i))
     found = gwq.block_statistics(first, model.block(i), llama.LINEARS, first.inputs(i), gwq.loss_gradient(model, first)[1], spec.score)
-    rounded = rounding.round_block(b, None, spec) if name != "flexround" else {}
+    rounded = rounding.round_block(b, None, spec, draft=True) if name != "flexround" else {}
     for linear in llama.LINEARS:
         w = b.weights[f"{linear}.weight"]
         error = w - rounded[linear].dequantize() if rounded else rounding_error(w, spec)

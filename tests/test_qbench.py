@@ -14,7 +14,7 @@ from pyengine import ops
 BINARY = Path(__file__).resolve().parents[1] / "build" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "qbench"
 NAMES = {
     "QLinear": "qlinear", "Embedding": "embedding", "ScatterAdd": "scatter_add", "RmsNorm": "rmsnorm", "SiluMul": "silu_mul",
-    "Transform": "transform", "RopeKV": "rope_kv", "Attention": "attention", "Sample": "sample",
+    "Transform": "transform", "RopeKV": "rope_kv", "Attention": "attention", "Sample": "sample", "RoundColumns": "round_columns",
 }  # fmt: skip
 TABLE = [{"op": NAMES[op], **row} for op, rows in ops.kernels().items() for row in rows]
 # One shape and options of a linear that every kind of row takes, and shapes of the others, small and uneven.

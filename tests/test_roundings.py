@@ -88,8 +88,7 @@ def test_every_kernel_takes_negative_scales(bits, act_bits):
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False), (2, True), (8, False)])
-def test_descent_ends_where_no_single_change_helps(monkeypatch, bits, symmetric):
-    monkeypatch.setattr(descent, "COLUMNS", 24)
+def test_descent_ends_where_no_single_change_helps(bits, symmetric):
     g = torch.Generator().manual_seed(bits)
     w, mask, x = torch.randn(5, 64, generator=g), torch.rand(5, 64, generator=g) < 0.1, correlated(200, 64)
     x[:, 9] = 0
@@ -159,8 +158,7 @@ def vector_form(w, ours, theirs, scale, zero, spec, mask):
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False), (2, True), (8, False)])
 @pytest.mark.parametrize("tokens", [12, 200])
-def test_gram_form_of_gpfq_equals_its_vector_form(monkeypatch, bits, symmetric, tokens):
-    monkeypatch.setattr(gpfq, "COLUMNS", 24)
+def test_gram_form_of_gpfq_equals_its_vector_form(bits, symmetric, tokens):
     g = torch.Generator().manual_seed(bits)
     w, mask, theirs = torch.randn(5, 64, generator=g), torch.rand(5, 64, generator=g) < 0.1, correlated(tokens, 64)
     ours = theirs + 0.2 * torch.randn(tokens, 64, generator=g)
@@ -180,6 +178,7 @@ def test_gram_form_of_gpfq_equals_its_vector_form(monkeypatch, bits, symmetric, 
 
 
 @needs_stories
+@pytest.mark.usefixtures("float32_products")
 def test_gpfq_reads_both_streams(batches):
     block = block_of(batches)
     shifted = batches.inputs(2) + 0.1 * torch.randn(4, 24, 64)
@@ -232,6 +231,7 @@ def test_boa_without_a_row_hessian_is_gptq():
 
 
 @needs_stories
+@pytest.mark.usefixtures("float32_products")
 def test_row_hessians_predict_the_error_of_attention_scores(batches):
     """sum over positions and keys of (R_m dq . k)^2, which is what an error dq of a query does, equals dq H_row dq; so with keys."""
     block = block_of(batches)
@@ -266,6 +266,7 @@ def test_row_hessians_predict_the_error_of_attention_scores(batches):
 
 
 @needs_stories
+@pytest.mark.usefixtures("float32_products")
 def test_value_grams_are_of_what_attention_mixes(batches):
     """With them, w G w of a value head's row is the square of what its output adds up to in all heads that read it."""
     block = block_of(batches)
@@ -283,6 +284,7 @@ def test_value_grams_are_of_what_attention_mixes(batches):
 
 
 @needs_stories
+@pytest.mark.usefixtures("float32_products")
 def test_attention_mass(batches):
     block = block_of(batches)
     x, c = batches.inputs(2), block.config

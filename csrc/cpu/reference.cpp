@@ -168,6 +168,24 @@ void silu_mul(const SiluMul& op, void*) {
     }
 }
 
+void round_columns(const RoundColumns& op, void*) {
+  constexpr int64_t tile = RoundColumns::tile, block = RoundColumns::block;
+  parallel_for(op.n, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      auto at = [&](int64_t column, int64_t columns) { return (r / tile * columns + column) * tile + r % tile; };
+      for (int64_t j = 0; j < op.k; ++j) {
+        const float x = op.value[at(j, op.k)], s = op.scale[at(op.group[j], op.groups)], z = op.zero ? op.zero[at(op.group[j], op.groups)] : 0;
+        const float code = std::clamp(std::nearbyint(x / s) + z, float(op.low), float(op.high));
+        op.code[at(j, op.k)] = uint8_t(code + float(op.excess));
+        const float q = op.mask && op.mask[at(j, op.k)] ? half_to_float(float_to_half(x)) : (code - z) * s;
+        const float change = q - (op.base ? op.base[at(j, op.k)] : x);
+        const float* coupling = op.coupling + j / block * op.k * block + j % block;
+        for (int64_t c = j + 1; c < op.k; ++c) op.value[at(c, op.k)] = std::fma(coupling[c * block], change, op.value[at(c, op.k)]);
+      }
+    }
+  });
+}
+
 // What the linears of a site read of token i: v, then v through its factors.
 std::vector<double> site_input(const Transform& op, int64_t i) {
   const float* x = op.x + i * op.x_stride;
@@ -335,6 +353,7 @@ constexpr auto plain = Layout::canonical;
 const Row<QLinear> qlinear_row{{"qlinear_reference", cpu, Arch::any, 0, plain, nullptr, qlinear}};
 const Row<ScatterAdd> scatter_add_row{{"scatter_add_reference", cpu, Arch::any, 0, plain, nullptr, scatter_add}};
 const Row<RmsNorm> rmsnorm_row{{"rmsnorm_reference", cpu, Arch::any, 0, plain, nullptr, rmsnorm}};
+const Row<RoundColumns> round_columns_row{{"round_columns_reference", cpu, Arch::any, 0, plain, nullptr, round_columns}};
 const Row<SiluMul> silu_mul_row{{"silu_mul_reference", cpu, Arch::any, 0, plain, nullptr, silu_mul}};
 const Row<Transform> transform_row{{"transform_reference", cpu, Arch::any, 0, plain, nullptr, transform}};
 const Row<RopeKV> rope_kv_row{{"rope_kv_reference", cpu, Arch::any, 0, plain, nullptr, rope_kv}};

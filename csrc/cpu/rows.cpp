@@ -4,6 +4,7 @@
 #include "cpu/elementwise.h"
 #include "cpu/qlinear.h"
 #include "cpu/rope_kv.h"
+#include "cpu/round_columns.h"
 #include "cpu/transform.h"
 #include PE_ISA_HEADER
 
@@ -21,6 +22,7 @@ const Row<RmsNorm> rmsnorm_row{{"rmsnorm_" PE_ISA_NAME, cpu, V::arch, rank, plai
 const Row<SiluMul> silu_mul_row{{"silu_mul_" PE_ISA_NAME, cpu, V::arch, rank, plain, nullptr, silu_mul<V>}};
 const Row<Transform> transform_row{{"transform_" PE_ISA_NAME, cpu, V::arch, rank, plain, transform_refuses, transform<V>}};
 const Row<RopeKV> rope_kv_row{{"rope_kv_" PE_ISA_NAME, cpu, V::arch, rank, plain, rope_kv_refuses, rope_kv<V>}};
+const Row<RoundColumns> round_columns_row{{"round_columns_" PE_ISA_NAME, cpu, V::arch, rank, plain, nullptr, round_columns<V>}};
 const Row<Attention> attention_row{{"attention_" PE_ISA_NAME, cpu, V::arch, rank, plain, attention_refuses, attention<V>}};
 
 }  // namespace

@@ -14,6 +14,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -112,11 +113,11 @@ class Batches:
 
     def inputs(self, i: int) -> Tensor:
         """f32[samples, t, hidden]: the float model's input of block i (of the final norm for i = number of blocks), mapped from a file."""
-        return self._stream("inputs", i, self.model.block)
+        return self._stream("inputs", i, self.model.block, nullcontext)
 
     def quantized_inputs(self, i: int) -> Tensor:
         """The same, as the quantized blocks before block i make it; they must be finished."""
-        return self._stream("quantized", i, lambda j: stored_weights(self.model, j, self.finished(j)))
+        return self._stream("quantized", i, lambda j: stored_weights(self.model, j, self.finished(j)), fast_matmul)
 
     def forget(self, i: int) -> None:
         """Delete what no block from i on needs."""
@@ -124,7 +125,7 @@ class Batches:
             for j in range(i):
                 self._file(stream, j).unlink(missing_ok=True)
 
-    def _stream(self, stream: str, i: int, weights_of: Callable[[int], dict[str, Tensor]]) -> Tensor:
+    def _stream(self, stream: str, i: int, weights_of: Callable[[int], dict[str, Tensor]], precision: Callable) -> Tensor:
         have = next((j for j in range(i, -1, -1) if self._file(stream, j).exists()), None)
         if have is None:
             embedding = self.model.embedding()
@@ -132,8 +133,8 @@ class Batches:
             have = 0
         for j in range(have, i):
             weights, x = weights_of(j), self._load(self._file(stream, j))
-            with torch.no_grad():
-                self._store(self._file(stream, j + 1), (self.forward(weights, part) for part in chunks(x)))
+            with torch.no_grad(), precision():
+                self._store(self._file(stream, j + 1), (self.forward(weights, part).float() for part in chunks(x)))
         return self._load(self._file(stream, i))
 
     def _file(self, stream: str, i: int) -> Path:
@@ -148,6 +149,13 @@ class Batches:
 
     def _load(self, file: Path) -> Tensor:
         return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+
+
+def fast_matmul():
+    """bfloat16 matrix products where the CPU has tiles for them: three to seven times as fast as float32, and far finer than what is being
+    rounded to 4 bits."""
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # newer than the oldest torch we take
+    return torch.autocast("cpu", torch.bfloat16) if has_tiles() else nullcontext()
 
 
 def chunks(x: Tensor) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .common import Spec, assemble
-from .columns import COLUMNS, Columns
+from .columns import round_columns
 
 ROUNDS = 2
 
@@ -34,7 +34,11 @@ def refit(w: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, values: 
     error = w - assemble(values, codes, scale, zero, spec, mask, None, "codes").dequantize()
     groups = scale.shape[1]
     size = w.shape[1] // groups
-    a = torch.stack([(steps[:, i : i + size] @ h[i : i + size] * steps).unflatten(1, (groups, size)).sum(2) for i in range(0, w.shape[1], size)], 1)
+    a = torch.zeros(len(w), groups, groups)
+    for i in range(groups):
+        at = i * size  # of the rows of a symmetric matrix only what is right of the diagonal is summed
+        pairs = (steps[:, at : at + size] @ h[at : at + size, at:]).mul_(steps[:, at:]).unflatten(1, (-1, size)).sum(2)
+        a[:, i, i:] = a[:, i:, i] = pairs
     b = ((error @ h) * steps).unflatten(1, (groups, size)).sum(2)
     diagonal = a.diagonal(dim1=1, dim2=2).double()
     # A little damping, towards the scales there are: with fewer tokens than groups they are not all determined.
@@ -47,17 +51,7 @@ def descend(
     w: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, values: Tensor, spec: Spec, mask: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(codes, values) after every column has once moved to where the others want it."""
-    k = w.shape[1]
-    columns = Columns(scale, zero, spec, mask, torch.arange(k))
-    q = assemble(values, codes, scale, zero, spec, mask, None, "codes").dequantize().T.contiguous()
-    pull, reach = h @ (w.T - q), torch.where(h.diagonal() > 0, h.diagonal().reciprocal(), 0.0).tolist()
-    wanted = torch.empty_like(q)
-    for a in range(0, k, COLUMNS):
-        b = min(a + COLUMNS, k)
-        moved = torch.empty(b - a, q.shape[1])
-        for j in range(a, b):
-            wanted[j] = q[j] + pull[j] * reach[j]
-            moved[j - a] = q[j] - columns.round(j, wanted[j])
-            pull[j + 1 : b].addr_(h[j + 1 : b, j], moved[j - a])
-        pull[b:].addmm_(h[b:, a:b], moved)
-    return columns.codes(), wanted.T.contiguous()
+    q = assemble(values, codes, scale, zero, spec, mask, None, "codes").dequantize()
+    reach = torch.where(h.diagonal() > 0, h.diagonal().reciprocal(), 0.0)
+    wanted = q + (w - q) @ h * reach
+    return round_columns(wanted, scale, zero, spec, mask, -h * reach.unsqueeze(1), base=q)

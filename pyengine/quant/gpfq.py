@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..qtensor import QTensor
 from . import gptq, rounding
-from .columns import COLUMNS, Columns
+from .columns import round_columns
 from .common import Block, Spec, assemble, require_finite
 
 MIXED_BITS = True
@@ -61,19 +61,11 @@ def collect(block: Block, weights: dict[str, Tensor], site: str, inputs: Callabl
 def round_matrix(w: Tensor, spec: Spec, mask: Tensor | None, statistics: Paths, bias: Tensor | None, name: str) -> QTensor:
     """Round f32 w[n, k] along its site's paths; where mask[n, k] is true, what would be rounded is stored in float16."""
     require_finite(w, name)
-    gram, (n, k) = statistics.gram, w.shape
+    gram = statistics.gram
     scale, zero = gptq.grid(w, spec, mask, gram.diagonal())
-    columns = Columns(scale, zero, spec, mask, torch.arange(k))
-    dead = (gram.diagonal() == 0).unsqueeze(1)
-    # What is left of <X'_t, u_(t-1) + w_t X_t>, transposed: all of w's part, and less of q's with every column that is done.
-    rest = torch.where(dead, w.T, torch.tril(statistics.cross) @ w.T)
-    norm, values = torch.where(dead.squeeze(1), 1.0, gram.diagonal()).tolist(), torch.empty(k, n)
-    for a in range(0, k, COLUMNS):
-        b = min(a + COLUMNS, k)
-        done = torch.empty(b - a, n)
-        for t in range(a, b):
-            values[t] = rest[t] / norm[t]
-            done[t - a] = columns.round(t, values[t])
-            rest[t + 1 : b].addr_(gram[t + 1 : b, t], done[t - a], alpha=-1)
-        rest[b:].addmm_(gram[b:, a:b], done, alpha=-1)
-    return assemble(values.T.contiguous(), columns.codes(), scale, zero, spec, mask, bias, name)
+    dead = gram.diagonal() == 0
+    # What is left of <X'_t, u_(t-1) + w_t X_t> / |X'_t|^2: all of w's part, and less of q's with every column that is done.
+    norm = torch.where(dead, 1.0, gram.diagonal())
+    rest = torch.where(dead, w, w @ torch.tril(statistics.cross).T) / norm
+    codes, values = round_columns(rest, scale, zero, spec, mask, -gram / norm.unsqueeze(1), base=torch.zeros_like(w))
+    return assemble(values, codes, scale, zero, spec, mask, bias, name)

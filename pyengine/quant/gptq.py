@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..qtensor import QTensor, fit_group
 from . import rounding
-from .columns import COLUMNS, Columns
+from .columns import round_columns
 from .common import Block, Spec, assemble, fit_grid, require_finite
 from .descent import improve
 from .grid import search_grid
@@ -33,7 +34,7 @@ from .grid import search_grid
 MIXED_BITS = True
 SINK_WEIGHT = 100.0
 DAMPING = 0.01  # of the mean diagonal of H is added to its diagonal
-SAMPLES, SEQ_LEN = 16, 512
+SAMPLES, SEQ_LEN = 32, 512
 
 
 def complete(spec: Spec) -> Spec:
@@ -91,10 +92,10 @@ def factorise(h: Tensor, order: Tensor | None = None) -> Factor:
     damping = DAMPING * float(h.diagonal().mean()) or 1.0
     while True:
         damped = h + torch.diag(damping + dead.double())
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        # H = R R^T with an upper R, which is Cholesky's factor from the last column to the first, gives H^-1 = U^T U with U = R^-1.
+        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype), upper=True)
             return Factor(damped.float(), order, upper.float())
         damping *= 10
 
@@ -107,25 +108,24 @@ def grid(w: Tensor, spec: Spec, mask: Tensor | None, price: Tensor) -> tuple[Ten
     return fit_grid(w, spec.bits, group, spec.symmetric, mask)
 
 
-def round_matrix(w: Tensor, spec: Spec, mask: Tensor | None, statistics: Factor, bias: Tensor | None, name: str) -> QTensor:
-    """Round f32 w[n, k] with its site's factor; where mask[n, k] is true, what w became by the corrections is stored in float16."""
+def round_matrix(
+    w: Tensor, spec: Spec, mask: Tensor | None, statistics: Factor, bias: Tensor | None, name: str, draft: bool = False
+) -> QTensor:
+    """Round f32 w[n, k] with its site's factor; where mask[n, k] is true, what w became by the corrections is stored in float16.
+
+    A draft is done when every column has had its turn.
+    """
     require_finite(w, name)
     scale, zero = grid(w, spec, mask, statistics.price)
     codes, values = compensate(w, scale, zero, spec, mask, statistics)
-    if spec.grid == "search":
+    if spec.grid == "search" and not draft:
         scale, codes, values = improve(w, scale, zero, codes, values, spec, mask, statistics.h)
     return assemble(values, codes, scale, zero, spec, mask, bias, name)
 
 
+draft_matrix = partial(round_matrix, draft=True)
+
+
 def compensate(w: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec, mask: Tensor | None, factor: Factor) -> tuple[Tensor, Tensor]:
     """(codes u8[n, k], f32[n, k]: the weights as they were when their turn to be rounded came)."""
-    (n, k), upper = w.shape, factor.upper
-    columns, rest, pivots = Columns(scale, zero, spec, mask, factor.order), w.T[factor.order].contiguous(), upper.diagonal().tolist()
-    for a in range(0, k, COLUMNS):
-        b = min(a + COLUMNS, k)
-        errors = torch.empty(b - a, n)
-        for j in range(a, b):
-            errors[j - a] = (rest[j] - columns.round(j, rest[j])).div_(pivots[j])
-            rest[j + 1 : b].addr_(upper[j, j + 1 : b], errors[j - a], alpha=-1)
-        rest[b:].addmm_(upper[a:b, b:].T, errors, alpha=-1)
-    return columns.codes(), rest[torch.argsort(factor.order)].T.contiguous()
+    return round_columns(w, scale, zero, spec, mask, (factor.upper / factor.upper.diagonal().unsqueeze(1)).T, order=factor.order)

@@ -36,7 +36,7 @@ from torch import Tensor
 from ..checkpoint import write_file
 from ..qtensor import QTensor
 from . import rounding
-from .calibration import Batches, FloatModel
+from .calibration import Batches, FloatModel, fast_matmul
 from .common import Block, Spec, rounding_error
 from .merge import visit_inputs
 from .outliers import Best, choose, mask_of
@@ -44,6 +44,7 @@ from .outliers import Best, choose, mask_of
 MIXED_BITS = True
 GRADIENT_SCORES = ("abs_g", "sq_g", "abs_g_dw", "fisher_dw2")
 SAMPLES, SEQ_LEN = 16, 256
+DRAFT_SAMPLES = 8  # of these, from which a rounding learns what errors it will make
 HEAD_TOKENS = 256  # rows of logits held at once: 256 x 128k vocabulary x 4 B = 128 MiB
 
 
@@ -87,7 +88,7 @@ def prepare(model: FloatModel, batches: Batches, spec: Spec) -> dict:
             best.see(load(_candidates_file(folder, i, name)))
     for i, weights, statistics in backward(model, batches, folder, spec.score):
         block = Block(i, f"model.layers.{i}.", weights, model.arch.SITES, batches.forward, folder, model.config, (batches.cos, batches.sin))
-        block.quantized_inputs = inputs = partial(batches.inputs, i)  # no block before is quantized yet
+        block.quantized_inputs = inputs = partial(draft_inputs, batches, i)  # no block before is quantized yet
         scores = sensitivities(block, statistics, inputs, spec)
         if spec.scope == "global":
             for name, score in scores.items():
@@ -100,6 +101,11 @@ def prepare(model: FloatModel, batches: Batches, spec: Spec) -> dict:
         for place, kept in zip(places, best.trim([load(_candidates_file(folder, *place)) for place in places]), strict=True):
             save(_kept_file(folder, *place), kept)
     return {"calibration_loss": float(load(folder / "loss.npy").mean())}
+
+
+def draft_inputs(batches: Batches, i: int) -> Tensor:
+    """f32[s, t, hidden]: what block i reads of some of the windows."""
+    return batches.inputs(i)[:DRAFT_SAMPLES]
 
 
 def backward(model: FloatModel, batches: Batches, folder: Path, score: str) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
@@ -157,7 +163,9 @@ def block_statistics(
     totals = [torch.zeros_like(w) for w in leaves]
     for s in range(len(inputs)):
         x = inputs[s : s + 1].clone().requires_grad_()
-        grads = torch.autograd.grad(batches.forward(weights, x), [x, *leaves], gradient[s : s + 1])
+        with fast_matmul():
+            y = batches.forward(weights, x).float()
+        grads = torch.autograd.grad(y, [x, *leaves], gradient[s : s + 1])
         gradient[s] = grads[0][0]
         for total, g in zip(totals, grads[1:], strict=True):
             if score.startswith("abs_g"):
@@ -207,7 +215,7 @@ def rounding_errors(block: Block, inputs: Callable[[], Tensor] | None, spec: Spe
     weights = {name: block.weights[f"{name}.weight"] for name in block.linears}
     if spec.rounding == "rtn" or not hasattr(rounding.load_rounding(spec.rounding), "round_matrix"):
         return {name: rounding_error(w, spec.at(block.prefix + name)) for name, w in weights.items()}
-    rounded = rounding.round_block(replace(block, notes={}), inputs, spec)
+    rounded = rounding.round_block(replace(block, notes={}), inputs, spec, draft=True)
     return {name: w - rounded[name].dequantize() for name, w in weights.items()}
 
 

@@ -5,6 +5,7 @@ A method that chooses transforms or masks leaves the codes to `round_block`. A r
     complete(spec) -> Spec                                      as of any method; its samples and seq_len where the method has none of its own
     round_matrix(w, spec, mask, statistics, bias, name) -> QTensor
     collect(block, weights, site, inputs, spec) -> dict         optional: linear name → statistics, for the linears of one site
+    draft_matrix                                                optional: `round_matrix`, sooner and a little worse
 
 or, where the whole block is learned at once, with
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..qtensor import QTensor
-from .calibration import chunks
+from .calibration import chunks, fast_matmul
 from .common import Block, Spec
 
 
@@ -42,18 +43,24 @@ def load_rounding(name: str) -> ModuleType:
     raise ValueError(f"rounding is {name!r}, expected one of {', '.join(able)}")
 
 
-def round_block(block: Block, inputs: Callable[[], Tensor] | None, spec: Spec, masks: dict[str, Tensor] | None = None) -> dict[str, QTensor]:
-    """The quantized linears of a block by name, as `spec.rounding` rounds them; masks bool[n, k] by name say what stays float16."""
+def round_block(
+    block: Block, inputs: Callable[[], Tensor] | None, spec: Spec, masks: dict[str, Tensor] | None = None, draft: bool = False
+) -> dict[str, QTensor]:
+    """The quantized linears of a block by name, as `spec.rounding` rounds them; masks bool[n, k] by name say what stays float16.
+
+    `draft`: near that is enough.
+    """
     module, masks, weights, done = load_rounding(spec.rounding), masks or {}, dict(block.weights), {}
     if hasattr(module, "round_block"):
         if spec.bits_map and not hasattr(module, "MIXED_BITS"):
             raise ValueError(f"rounding {spec.rounding} takes the same bits for all linears, no bits_map")
         return module.round_block(block, inputs, spec, masks)
+    round_matrix = getattr(module, "draft_matrix", module.round_matrix) if draft else module.round_matrix
     for site, names in block.sites.items():
         statistics = module.collect(block, weights, site, inputs, spec) if hasattr(module, "collect") else {}
         for name in names:
             w, bias = block.weights[f"{name}.weight"], block.weights.get(f"{name}.bias")
-            done[name] = module.round_matrix(w, spec.at(block.prefix + name), masks.get(name), statistics.get(name), bias, block.prefix + name)
+            done[name] = round_matrix(w, spec.at(block.prefix + name), masks.get(name), statistics.get(name), bias, block.prefix + name)
             weights[f"{name}.weight"] = done[name].dequantize()
     return done
 
@@ -72,9 +79,9 @@ def site_inputs(block: Block, weights: dict[str, Tensor], site: str, x: Tensor) 
             raise _Seen
 
     for part in chunks(x):
-        with torch.no_grad(), suppress(_Seen):  # and not around the yield, which would switch gradients off for the caller
+        with torch.no_grad(), fast_matmul(), suppress(_Seen):  # and not around the yield, which would switch gradients off for the caller
             block.forward(weights, part, see)
-        yield seen.pop()
+        yield seen.pop().float()
 
 
 def query_key(block: Block, weights: dict[str, Tensor], x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,9 +95,9 @@ def query_key(block: Block, weights: dict[str, Tensor], x: Tensor) -> Iterator[t
         return value
 
     for part in chunks(x):
-        with torch.no_grad(), suppress(_Seen):
+        with torch.no_grad(), fast_matmul(), suppress(_Seen):
             block.forward(weights, part, None, edit)
-        yield seen["query"], seen["key"]
+        yield seen["query"].float(), seen["key"].float()
 
 
 def attention(block: Block, weights: dict[str, Tensor], x: Tensor) -> Iterator[Tensor]:

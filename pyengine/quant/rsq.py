@@ -18,9 +18,9 @@ from torch import Tensor
 
 from . import gptq, rounding
 from .common import Block, Spec
-from .gptq import SINK_WEIGHT, Factor, round_matrix
+from .gptq import SINK_WEIGHT, Factor, draft_matrix, round_matrix
 
-__all__ = ["MIXED_BITS", "collect", "complete", "quantize_block", "round_matrix"]
+__all__ = ["MIXED_BITS", "collect", "complete", "draft_matrix", "quantize_block", "round_matrix"]
 MIXED_BITS = True
 LEAST = 0.1
 

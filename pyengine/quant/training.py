@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import write_file
+from .calibration import fast_matmul
 from .common import Block
 
 FLOOR = 1e-3  # of the first group's rate
@@ -78,10 +78,3 @@ def statistics(folder: Path) -> dict[str, list[float]]:
     """Of each block what training has noted: its relative output error before and after, and what else the method counts."""
     found = [json.loads(file.read_text()) for file in sorted(folder.glob("training-*.json"))]
     return {key: [round(f[key], 6) for f in found] for key in found[0]} if found else {}
-
-
-def fast_matmul():
-    """bfloat16 matrix products where the CPU has tiles for them: three to seven times as fast as float32, and far finer than what is being
-    rounded to 4 bits."""
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # newer than the oldest torch we take
-    return torch.autocast("cpu", torch.bfloat16) if has_tiles() else nullcontext()
