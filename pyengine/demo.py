@@ -27,5 +27,5 @@ def quantized() -> Path:
 
     out = cache_folder() / f"SmolLM2-135M-Instruct-gwq-4bit-v{VERSION}"
     if not (out / "config.json").is_file():
-        quantize(source(), out, method="gwq", group_size=64, resume=True)
+        quantize(source(), out, method="gwq", group_size=64, samples=16, seq_len=256, resume=True)  # little text, since somebody waits
     return out

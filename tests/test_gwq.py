@@ -119,7 +119,7 @@ def test_scores_price_what_the_rounding_changes(model, batches, name):
 @pytest.mark.parametrize("scope", ["global", "row", "columns"])
 def test_scopes_look_at_the_same_scores(model, batches, scope):
     """Each against the scores themselves, which a walk by the library's parts gives."""
-    spec = gwq.complete(Spec(group_size=32, score="fisher_dw2", scope=scope, outliers=0.03))
+    spec = gwq.complete(Spec(group_size=32, score="fisher_dw2", scope=scope, outliers=0.03, rounding="rtn"))
     gwq.prepare(model, batches, spec)
     _, gradient = gwq.loss_gradient(model, batches)
     scores = {}
@@ -188,6 +188,8 @@ def test_rounding_error_is_what_the_format_loses(model, batches):
 def test_completed_requests():
     paper = importlib.import_module("pyengine.quant.gwq_paper")
     done = gwq.complete(Spec(seq_len=100))
+    assert (done.score, done.rounding, done.samples, done.seq_len) == ("fisher_dw2", "gptq", 32, 100)
+    done = gwq.complete(Spec(rounding="rtn", seq_len=100))
     assert (done.score, done.samples, done.seq_len) == ("fisher_dw2", 16, 100)
     assert gwq.complete(Spec(score="abs_w")).samples == 0
     done = paper.complete(Spec(samples=9, method="gwq-paper"))
@@ -199,7 +201,7 @@ def test_outliers_bring_the_loss_back(model, batches):
     """The loss that rounding costs falls by more than a quarter (0.65 of it is left; 0.82 if the least sensitive weights are kept)."""
     windows = sample_text(model.checkpoint, load_tokenizer(model.checkpoint), 8, 100, 7, quiet)
     batches = Batches(model, sample_text(model.checkpoint, load_tokenizer(model.checkpoint), 8, 100, 8, quiet), batches.folder, quiet)
-    spec = gwq.complete(Spec(group_size=64, outliers=0.05))
+    spec = gwq.complete(Spec(group_size=64, outliers=0.05, rounding="rtn"))
     gwq.prepare(model, batches, spec)
     loss = {}
     for method in (None, rtn, gwq):

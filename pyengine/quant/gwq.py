@@ -1,4 +1,4 @@
-"""GWQ (arXiv 2411.00850): keep the weights that the loss is most sensitive to in float16, round the rest to nearest.
+"""GWQ (arXiv 2411.00850): keep the weights that the loss is most sensitive to in float16, round the rest as GPTQ does.
 
 The paper ranks weights by |gradient| of one sample. `score` names what ranks them here, in each matrix by itself:
 
@@ -61,7 +61,7 @@ def complete(spec: Spec) -> Spec:
     if scope == "global" and score not in GRADIENT_SCORES:
         raise ValueError(f"score is {score!r}, which does not compare across matrices; scope 'global' takes {', '.join(GRADIENT_SCORES)}")
     spec = replace(spec, score=score, scope=scope)
-    return rounding.complete(spec) if score == "abs_w" else rounding.complete(spec, "rtn", SAMPLES, SEQ_LEN)
+    return rounding.complete(spec) if score == "abs_w" else rounding.complete(spec, "gptq", SAMPLES, SEQ_LEN)
 
 
 def gradient_batches(batches: Batches, spec: Spec) -> Batches:
