@@ -90,8 +90,8 @@ std::string json(const Roofline& r, const Options& o) {
 
 // The others are only listed.
 template <class Op>
-constexpr bool benchmarked =
-    !std::is_same_v<Op, pe::Embedding> && !std::is_same_v<Op, pe::ScatterAdd> && !std::is_same_v<Op, pe::Sample> && !std::is_same_v<Op, pe::RoundColumns>;
+constexpr bool benchmarked = !std::is_same_v<Op, pe::Embedding> && !std::is_same_v<Op, pe::ScatterAdd> && !std::is_same_v<Op, pe::Sample> &&
+                             !std::is_same_v<Op, pe::RoundColumns>;
 
 void list(const Options& o) {
   std::string separator = "{\"kernels\": [";

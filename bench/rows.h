@@ -31,7 +31,8 @@ void each_op(const std::string& named, F&& visit) {
   one.template operator()<pe::Sample>("sample");
   one.template operator()<pe::RoundColumns>("round_columns");
   if (!found)
-    throw std::runtime_error("--op is '" + named + "', known are qlinear embedding scatter_add rmsnorm silu_mul transform rope_kv attention sample round_columns");
+    throw std::runtime_error("--op is '" + named +
+                             "', known are qlinear embedding scatter_add rmsnorm silu_mul transform rope_kv attention sample round_columns");
 }
 
 // A kernel belongs to one op: its name picks it.

@@ -178,9 +178,9 @@ void bind_elementwise(py::module_& m, py::class_<Program>& program) {
 
 void bind_round_columns(py::module_& m, py::class_<Program>& program) {
   auto c = bind<RoundColumns>(m, program, "RoundColumns");
-  c.def_readonly_static("tile", &RoundColumns::tile).def_readonly_static("block", &RoundColumns::block).def_readwrite("n", &RoundColumns::n).def_readwrite("k", &RoundColumns::k);
-  c.def_readwrite("groups", &RoundColumns::groups).def_readwrite("low", &RoundColumns::low).def_readwrite("high", &RoundColumns::high);
-  c.def_readwrite("excess", &RoundColumns::excess);
+  c.def_readonly_static("tile", &RoundColumns::tile).def_readonly_static("block", &RoundColumns::block);
+  c.def_readwrite("n", &RoundColumns::n).def_readwrite("k", &RoundColumns::k).def_readwrite("groups", &RoundColumns::groups);
+  c.def_readwrite("low", &RoundColumns::low).def_readwrite("high", &RoundColumns::high).def_readwrite("excess", &RoundColumns::excess);
   pointer(c, "scale", &RoundColumns::scale), pointer(c, "zero", &RoundColumns::zero), pointer(c, "group", &RoundColumns::group);
   pointer(c, "mask", &RoundColumns::mask), pointer(c, "base", &RoundColumns::base), pointer(c, "coupling", &RoundColumns::coupling);
   pointer(c, "value", &RoundColumns::value), pointer(c, "code", &RoundColumns::code);

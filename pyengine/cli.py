@@ -94,7 +94,7 @@ def _quantization(p: argparse.ArgumentParser) -> None:
     p.add_argument("--outliers", type=float, help="share of weights kept in FP16 (default: the method's own, 0.01 for gwq)")
     p.add_argument("--score", help="how outliers are ranked (default: the method's own)")
     p.add_argument("--scope", help="where they are looked for: tensor, global, row, structured or columns (default: the method's own)")
-    p.add_argument("--rounding", help="how weights that are not kept are rounded: rtn, gptq, rsq, boa, gpfq, flexround or lrq (default: the method's own)")
+    p.add_argument("--rounding", help="how the weights that are not kept are rounded: rtn, gptq, rsq, boa, gpfq, flexround, lrq (default: gptq for gwq)")
     p.add_argument("--grid", help="range: scales span a group's weights; search: the cheapest that may clip (default: the method's own)")
     p.add_argument("--orders", type=int, help="rex: matrices that a weight is the sum of (default 2)")
     p.add_argument("--rows", type=float, help="rex: share of the outputs that have more than one (default 0.5)")

@@ -221,9 +221,6 @@ def round_columns(
         padded = torch.nn.functional.pad(t, (0, 0, 0, -n % tile), value=fill)
         return padded.view(-1, tile, shape[1]).transpose(1, 2).contiguous()
 
-    def rows(t: Tensor) -> Tensor:
-        return t.transpose(1, 2).reshape(-1, k)[:n].contiguous()
-
     held = {
         "value": tiles(value, "value", (n, k)), "scale": tiles(scale, "scale", (n, groups), fill=1.0), "zero": tiles(zero, "zero", (n, groups)),
         "mask": tiles(mask, "mask", (n, k), torch.bool), "base": tiles(base, "base", (n, k)),
@@ -237,7 +234,7 @@ def round_columns(
     for name, t in held.items():
         setattr(op, name, 0 if t is None else t.data_ptr())
     go(op, kernel, None)
-    return rows(held["code"]), rows(held["value"])
+    return tuple(held[name].transpose(1, 2).reshape(-1, k)[:n].contiguous() for name in ("code", "value"))
 
 
 def transform(
