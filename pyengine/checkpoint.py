@@ -2,8 +2,8 @@
 
 OUT.partial collects safetensors shards, one a part of the model, and its folder `work` whatever a method keeps between
 steps. Every file is written under a temporary name, flushed to the disk and renamed. `config.json`, without which nothing
-loads, is written last; then the directory is renamed to OUT. Nothing in a file depends on the time, the machine or
-the order of a dictionary: the same inputs give the same bytes.
+loads, is written last; then the directory is renamed to OUT. Nothing in a file depends on the time or the order of a
+dictionary: the same inputs give the same bytes on the same kind of CPU.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError
 
+DTYPES = {  # as safetensors names them
+    torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32",
+    torch.float32: "F32", torch.int64: "I64", torch.float64: "F64",
+}  # fmt: skip
 SINGLE_FILE_BYTES = 512 << 20  # up to here the shards become one model.safetensors
 
 
@@ -31,15 +34,8 @@ def write_file(path: Path, chunks: Iterable) -> None:
     with open(temporary, "wb") as f:
         for chunk in chunks:
             f.write(chunk)
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """`write_file` of a safetensors file. save_file() writes from where the tensors lie; save() would hold all of them twice."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({k: t.contiguous() for k, t in sorted(tensors.items())}, temporary, metadata={"format": "pt"})
-    _sync(temporary)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
@@ -80,7 +76,7 @@ class Writer:
         return self._single.exists() or self._shard(part).exists()
 
     def write(self, part: int, tensors: dict[str, Tensor]) -> None:
-        _write_tensors(self._shard(part), tensors)
+        write_file(self._shard(part), _safetensors(tensors))
 
     def read(self, part: int) -> dict[str, Tensor]:
         """The tensors of a part that is finished, before `finish`."""
@@ -90,7 +86,7 @@ class Writer:
         """Merge small shards, write index, tokenizer and config, move everything to OUT. Returns the bytes of each tensor."""
         shards = [self._shard(i) for i in range(self.parts)]
         if not self._single.exists() and sum(s.stat().st_size for s in shards) <= SINGLE_FILE_BYTES:
-            _write_tensors(self._single, {name: t for shard in shards for name, t in _read(shard).items()})
+            write_file(self._single, _safetensors({name: t for shard in shards for name, t in _read(shard).items()}))
         if self._single.exists():
             for shard in shards:
                 shard.unlink(missing_ok=True)
@@ -133,6 +129,25 @@ def _require_same(partial: Path, stored: dict, wanted: dict) -> None:
 
 def _json(value: dict) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator:
+    """A safetensors file in pieces, from where the tensors lie: the library's save() holds all of them twice, its save_file() picks name and mode.
+
+    u64 length of the header, the header in JSON, the tensors; those of wide dtypes first, which leaves all of them aligned.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        t = tensors[name]
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in names:
+        yield memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def shares(arch: ModuleType, config, sizes: dict[str, int]) -> dict:
 
 
 def linear_bits(model: torch.nn.Module) -> float:
-    """Bits per weight of a loaded model's block linears, with scales, zeros, outliers, their indices and the transforms of what they read."""
+    """Bits per weight of a loaded model's block linears, with all that `shares` counts but clips, which are some bytes a block."""
     layers = weight_layers(model.blocks)
     held = sum(m.nbytes for m in layers) + sum(block.transform_bytes for block in model.blocks)
     return 8 * held / sum(m.weights for m in layers)

@@ -213,18 +213,18 @@ def round_columns(
     f32[n, k]: the values as they were when their turn came).
     """
     (n, k), groups, tile, block = value.shape, scale.shape[1], _C.RoundColumns.tile, _C.RoundColumns.block
+    if _contiguous(group, "round_columns: group", int32, (k,)).min() < 0 or group.max() >= groups:
+        raise ValueError(f"round_columns: group goes from {int(group.min())} to {int(group.max())}, expected 0 to {groups - 1}")
 
     def tiles(t: Tensor | None, name: str, shape: tuple[int, int], dtype: torch.dtype = float32, fill: float = 0) -> Tensor | None:
         if t is None:
             return None
-        check(t, f"round_columns: {name}", dtype, shape)
-        padded = torch.nn.functional.pad(t, (0, 0, 0, -n % tile), value=fill)
+        padded = torch.nn.functional.pad(check(t, f"round_columns: {name}", dtype, shape), (0, 0, 0, -n % tile), value=fill)
         return padded.view(-1, tile, shape[1]).transpose(1, 2).contiguous()
 
     held = {
         "value": tiles(value, "value", (n, k)), "scale": tiles(scale, "scale", (n, groups), fill=1.0), "zero": tiles(zero, "zero", (n, groups)),
-        "mask": tiles(mask, "mask", (n, k), torch.bool), "base": tiles(base, "base", (n, k)),
-        "group": _contiguous(group, "round_columns: group", int32, (k,)),
+        "mask": tiles(mask, "mask", (n, k), torch.bool), "base": tiles(base, "base", (n, k)), "group": group,
     }  # fmt: skip
     check(coupling, "round_columns: coupling", float32, (k, k))
     held["coupling"] = torch.nn.functional.pad(coupling, (0, -k % block)).view(k, -1, block).transpose(0, 1).contiguous()

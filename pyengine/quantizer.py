@@ -89,7 +89,7 @@ def quantize(
     check_patterns(source, spec)
     ids = calibration_tokens(source, tokenizer, spec, calib, progress)
     text = token_hash(ids) if ids is not None else None
-    identity = {"source": checkpoint.fingerprint(), "calibration": text, **asdict(spec)}
+    identity = {"version": VERSION, "source": checkpoint.fingerprint(), "calibration": text, **asdict(spec)}
     writer = Writer(out, source.blocks + 1, identity, resume)
     seconds = {"calibration_text": time.monotonic() - started}
 

@@ -100,12 +100,13 @@ def test_prepare_leaves_the_masks_of_these_gradients(model, batches, score):
 
 
 @pytest.mark.parametrize("name", ["gptq", "boa", "flexround"])
-def test_scores_price_what_the_rounding_changes(model, batches, name):
+def test_scores_price_what_the_rounding_changes(model, batches, monkeypatch, name):
     """By GPTQ and its kin the errors are their own, but for what comes after the last column; FlexRound, which would learn the block twice, is stood in for by rounding to nearest."""
     spec = gwq.complete(Spec(group_size=32, scope="tensor", rounding=name, outliers=0.02, samples=3, seq_len=40, steps=1))
+    monkeypatch.setattr(gwq, "DRAFT_SAMPLES", 2)
     gwq.prepare(model, batches, spec)
     i, first = model.blocks - 1, gwq.gradient_batches(batches, spec)
-    b = dataclasses.replace(block(model, first, i), config=model.config, rope=(first.cos, first.sin), quantized_inputs=lambda: first.inputs(i))
+    b = dataclasses.replace(block(model, first, i), config=model.config, rope=(first.cos, first.sin), quantized_inputs=lambda: first.inputs(i)[:2])
     found = gwq.block_statistics(first, model.block(i), llama.LINEARS, first.inputs(i), gwq.loss_gradient(model, first)[1], spec.score)
     rounded = rounding.round_block(b, None, spec, draft=True) if name != "flexround" else {}
     for linear in llama.LINEARS:

@@ -239,6 +239,7 @@ def test_same_request_same_bytes(tmp_path, text):
     quantize(tmp_path / "b", calib=text)
     quantize(tmp_path / "c", calib=text, seed=1)
     assert contents(tmp_path / "a") == contents(tmp_path / "b") != contents(tmp_path / "c")
+    assert len({f.stat().st_mode for f in (tmp_path / "a").iterdir()}) == 1
 
 
 @needs_stories
@@ -274,6 +275,9 @@ def test_resume_refuses_another_request(tmp_path, text, monkeypatch):
     assert "seed" not in str(e.value)
     with pytest.raises(ValueError, match="calibration was .*seed was 0, is 5"):
         quantize(tmp_path / "out", calib=text, seed=5, resume=True)
+    with monkeypatch.context() as newer, pytest.raises(ValueError, match=f"version was {driver.VERSION}, is {driver.VERSION + 1}"):
+        newer.setattr(driver, "VERSION", driver.VERSION + 1)
+        quantize(tmp_path / "out", calib=text, resume=True)
     quantize(tmp_path / "out", calib=text, bits=3)  # without resume, what is left is replaced
     assert open_checkpoint(tmp_path / "out").config["quantization_config"]["bits"] == 3
 
