@@ -10,8 +10,9 @@ The paper ranks weights by |gradient| of one sample. `score` names what ranks th
     abs_w       |w|                         needs no text
 
 Q(w) is what the rounding that follows makes of the matrix when it keeps no weight back, or a draft of it from some of the windows: to
-nearest, or with the corrections of GPTQ and its kin, which move some weights further than a step and others not at all. g_s is the gradient of the mean next-token
-cross-entropy of sample s; the absolute value or square is taken before the sum, because gradients of different samples cancel.
+nearest, or with the corrections of GPTQ and its kin, which move some weights further than a step and others not at all. g_s is the
+gradient of the mean next-token cross-entropy of sample s; the absolute value or square is taken before the sum, because gradients of
+different samples cancel.
 `scope` says where a score's best are looked for (quant/outliers.py): in the whole model if the score estimates the loss, else in
 each matrix by itself. The gradient walk holds one block: a forward pass leaves every block's inputs in files, then blocks are
 recomputed from last to first. Each leaves its mask and the gradient of its inputs, both renamed into place, so that a run that was
@@ -51,10 +52,10 @@ HEAD_TOKENS = 256  # rows of logits held at once: 256 x 128k vocabulary x 4 B = 
 def complete(spec: Spec) -> Spec:
     """`spec` with this method's defaults, and no samples where no text is needed.
 
-    The gradients take 16 x 256: on SmolLM2-135M, with the rest rounded to nearest, the perplexity gap to float closed by 65.2 % with 16 x 512 tokens, 66.2 % with
-    16 x 256, 64.1 % with 16 x 128, so that more text buys nothing but time. Outliers of the whole model closed 71.9 % of it, those
-    of each matrix 66.4 %, of rows 59.4 %, of runs 56.1 %; 2 % whole columns, which take fewer bytes, 64.7 % (4 windows of 2048
-    tokens).
+    The gradients take 16 x 256: on SmolLM2-135M, with the rest rounded to nearest, the perplexity gap to float closed by 65.2 %
+    with 16 x 512 tokens, 66.2 % with 16 x 256, 64.1 % with 16 x 128, so that more text buys nothing but time. Outliers of the whole
+    model closed 71.9 % of it, those of each matrix 66.4 %, of rows 59.4 %, of runs 56.1 %; 2 % whole columns, which take fewer bytes,
+    64.7 % (4 windows of 2048 tokens).
     """
     score = spec.score or ("hdiag_dw2" if spec.scope == "columns" else "fisher_dw2")
     scope = spec.scope or ("global" if score in GRADIENT_SCORES else "tensor")
